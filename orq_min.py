@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT-0
 # orq_min.py 1.0.0: Orq.ai's create-response operation in one file.
+# ruff: noqa: I001, RUF009, UP006, UP007, UP035, UP041, UP045 (it runs on Python 3.7)
 """Send a message to an Orq.ai agent and get back what it did.
 
 One file, Python 3.7 or newer, the standard library alone: copy it and import it.
@@ -30,13 +31,11 @@ logged at INFO, each attempt at DEBUG, never with a header or a body.
 """
 
 import datetime
-import email.message
 import email.utils
 import enum
 import functools
 import http.client
 import io
-import itertools
 import json
 import logging
 import math
@@ -58,7 +57,7 @@ from typing import Optional, Sequence, Tuple, Type, TypeVar, Union, cast
 if TYPE_CHECKING:  # what Python 3.7 lacks, or a call may not need
     import argparse
     import ssl
-    from typing import NoReturn, ParamSpec
+    from typing import NoReturn, ParamSpec, Self
 
     P = ParamSpec("P")
 
@@ -73,12 +72,12 @@ DEFAULT_TIMEOUT_MS = 600_000
 MAX_TIMEOUT_MS = 2**31 - 1  # the most that a socket's timeout can hold
 MAX_ANSWER_BYTES = 256 * 2**20
 MAX_REDIRECTS = 5
+MAX_NESTING = 200  # levels of a free-form value; json gives up near 1000
+MAX_INTEGER_BITS = 2_000  # Python may refuse to write more than 640 digits
 IDLE_SECONDS = 4.0  # many servers close an idle connection after 5
 KEEPALIVE_SECONDS = 60  # a NAT forgets a silent connection after some minutes
-MAX_NESTING = 200  # levels of a free-form value; json gives up near 1000
-MAX_INTEGER_BITS = 2_000  # Python may refuse to write out more than 640 digits
-QUOTED_CHARACTERS = 500  # of a server's words in the text of an error
 BLOCK_BYTES = 256 * 2**10  # read or sent at once
+QUOTED_CHARACTERS = 500  # of a server's words in the text of an error
 
 T = TypeVar("T")
 Problems = List[Tuple[str, str]]  # (path, what is wrong there)
@@ -86,18 +85,19 @@ Problems = List[Tuple[str, str]]  # (path, what is wrong there)
 _log = logging.getLogger(__name__)
 
 
-class _Unset(enum.Enum):
-    UNSET = "not given"
+class _Unset:
+    def __repr__(self) -> str:
+        return "UNSET"
 
 
-UNSET = _Unset.UNSET  # for `retries`, where None has a meaning of its own
+UNSET: Any = _Unset()  # "not given", for a parameter to which None means something
 
 # ----------------------------------------------------------------------------
 # Errors
 # ----------------------------------------------------------------------------
 
-# Each takes its text as the only positional argument and keeps the rest as plain
-# attributes: all that pickle and copy need.
+# Each takes its text as the first argument, and needs no other to be built: that is
+# how pickle and copy build it before they restore its attributes.
 
 
 class OrqError(Exception):
@@ -126,13 +126,11 @@ class APIError(OrqError):
     where its JSON holds them, else the standard phrase for the status.
     """
 
-    def __init__(self, text: str, **attributes: Any) -> None:
-        super().__init__(text)
-        self.status_code: int = attributes.get("status_code", 0)
-        self.headers = attributes.get("headers") or email.message.Message()
-        self.body: str = attributes.get("body", "")
-        self.data: Any = attributes.get("data")
-        self.message: str = attributes.get("message", "")
+    status_code: int = 0
+    headers: http.client.HTTPMessage
+    body: str = ""
+    data: Any = None
+    message: str = ""
 
 
 class APIConnectionError(OrqError):
@@ -142,10 +140,8 @@ class APIConnectionError(OrqError):
     `temporary`: another attempt may do better.
     """
 
-    def __init__(self, text: str, sent: bool = False, temporary: bool = True) -> None:
-        super().__init__(text)
-        self.sent = sent
-        self.temporary = temporary
+    sent: bool = False
+    temporary: bool = True
 
 
 class APITimeoutError(APIConnectionError):
@@ -206,7 +202,7 @@ class _Checked(_Declared):
 
     def __post_init__(self) -> None:
         problems: Problems = []
-        _encode_object((type(self),), self, "", problems)
+        _encode(type(self), self, "", problems)
         if problems:
             raise ValidationError(problems)
 
@@ -237,22 +233,20 @@ class FileInURIFormat(_Checked):
     name: Optional[str] = _optional("name of the file")
 
 
+FileContent = Union[BinaryFormat, FileInURIFormat, Mapping[str, Any]]
+
+
 @dataclass
 class FilePart(_Checked):
-    """A file. `from_path` and `from_uri` build one."""
+    """A file. `from_path` and `from_uri` build one, with the MIME type guessed."""
 
-    file: Union[BinaryFormat, FileInURIFormat, Mapping[str, Any]] = field(
-        metadata=_about("its content, or where it is to be had")
-    )
+    file: FileContent = field(metadata=_about("the content, or where it is to be had"))
     metadata: Optional[Mapping[str, Any]] = _optional("any values")
     kind: str = _kind("file")
 
     @classmethod
     def from_path(cls, path: "Union[str, os.PathLike[str]]") -> "FilePart":
-        """Attach the file at `path`, read now, its MIME type guessed from its name.
-
-        Raises OSError if it can't be read, ValidationError if it is empty.
-        """
+        """Attach a file that is read now. OSError if it can't be."""
         import base64
 
         with open(path, "rb") as stream:
@@ -264,7 +258,7 @@ class FilePart(_Checked):
 
     @classmethod
     def from_uri(cls, uri: str) -> "FilePart":
-        """Attach the file at `uri`, for the service to fetch; MIME type guessed."""
+        """Attach a file that the service fetches."""
         name = uri.partition("?")[0].rpartition("/")[2] if isinstance(uri, str) else ""
         return cls(FileInURIFormat(uri, _guess_mime_type(name)))
 
@@ -273,7 +267,7 @@ def _guess_mime_type(name: str) -> Optional[str]:
     import mimetypes
 
     mime_type, encoding = mimetypes.guess_type(name)
-    if encoding:  # of report.tar.gz, what is sent is the gzip file
+    if encoding:  # what is sent of report.tar.gz is a gzip file
         return "application/gzip" if encoding == "gzip" else None
     return mime_type
 
@@ -295,9 +289,7 @@ InputPart = Union[TextPart, FilePart, ToolResultPart, Mapping[str, Any]]
 class A2AMessage(_Checked):
     """A message to the agent."""
 
-    role: str = field(
-        metadata=_about("'user' or 'tool'", check=_one_of("user", "tool"))
-    )
+    role: str = field(metadata=_about("whose", "", _one_of("user", "tool")))
     parts: Sequence[InputPart] = field(metadata=_about("the parts; there may be none"))
     message_id: Optional[str] = _optional("a ULID", "messageId")
 
@@ -329,26 +321,24 @@ class Memory(_Checked):
     entity_id: str = field(metadata=_about("id of a user, a session or the like"))
 
 
-Message = Union[A2AMessage, Mapping[str, Any]]
-AContact = Union[Contact, Mapping[str, Any]]
-AThread = Union[CreateAgentResponseThread, Mapping[str, Any]]
-AMemory = Union[Memory, Mapping[str, Any]]
+MessageLike = Union[A2AMessage, Mapping[str, Any]]
+ContactLike = Union[Contact, Mapping[str, Any]]
+ThreadLike = Union[CreateAgentResponseThread, Mapping[str, Any]]
+MemoryLike = Union[Memory, Mapping[str, Any]]
 
 
 @dataclass
 class CreateAgentResponseRequestBody(_Declared):
     """What a request carries."""
 
-    message: Message = field(metadata=_about("the message; plain text is the user's"))
+    message: MessageLike = field(metadata=_about("the message; text is the user's"))
     task_id: Optional[str] = _optional("inactive task to continue")
     variables: Optional[Mapping[str, Any]] = _optional("values for the templates")
-    contact: Optional[AContact] = _optional("on whose behalf the agent runs")
-    thread: Optional[AThread] = _optional("what groups requests")
-    memory: Optional[AMemory] = _optional("whose memories the agent uses")
+    contact: Optional[ContactLike] = _optional("on whose behalf the agent runs")
+    thread: Optional[ThreadLike] = _optional("what groups requests")
+    memory: Optional[MemoryLike] = _optional("whose memories the agent uses")
     metadata: Optional[Mapping[str, Any]] = _optional("any values, for the traces")
-    background: Optional[bool] = _optional(
-        "answer at once and let the agent run on", default=False
-    )
+    background: Optional[bool] = _optional("answer at once, run on", default=False)
 
 
 # ----------------------------------------------------------------------------
@@ -392,9 +382,7 @@ class ErrorPart(_Declared):
 if TYPE_CHECKING:
     OutputPart = Any  # so that `res.output[0].parts[0].text` needs no cast
 else:
-    OutputPart = Union[
-        TextPart, FilePart, DataPart, ToolCallPart, ToolResultPart, ErrorPart
-    ]
+    OutputPart = Union[InputPart, DataPart, ToolCallPart, ErrorPart]
 
 
 @dataclass
@@ -403,9 +391,7 @@ class Output(_Declared):
 
     message_id: str = _optional("a ULID", "messageId")
     role: str = _optional("'user', 'agent', 'tool' or 'system'")
-    parts: List[OutputPart] = field(
-        default_factory=list, metadata=_about("parts; one of an unknown kind is a dict")
-    )
+    parts: List[OutputPart] = _optional("of an unknown kind: dicts")
     metadata: Optional[Dict[str, Any]] = _optional("any values")
 
 
@@ -432,13 +418,11 @@ class CompletionTokensDetails(_Declared):
 class CreateAgentResponseUsage(_Declared):
     """Tokens that the run used."""
 
-    completion_tokens: float = _optional("tokens that came out")
-    prompt_tokens: float = _optional("tokens that went in")
+    completion_tokens: float = _optional("came out")
+    prompt_tokens: float = _optional("went in")
     total_tokens: float = _optional("both together")
-    prompt_tokens_details: Optional[PromptTokensDetails] = _optional("kinds, in")
-    completion_tokens_details: Optional[CompletionTokensDetails] = _optional(
-        "kinds, out"
-    )
+    prompt_tokens_details: Optional[PromptTokensDetails] = _optional("kinds")
+    completion_tokens_details: Optional[CompletionTokensDetails] = _optional("kinds")
 
 
 @dataclass
@@ -472,9 +456,7 @@ class CreateAgentResponseResponseBody(_Declared):
 
     id: str = _optional("the response's id", "_id")
     task_id: str = _optional("hand it back to continue")
-    output: List[Output] = field(
-        default_factory=list, metadata=_about("the messages of the run")
-    )
+    output: List[Output] = _optional("the messages of the run")
     created_at: str = _optional("ISO 8601 time")
     model: str = _optional("provider/model")
     usage: Optional[CreateAgentResponseUsage] = _optional("tokens used")
@@ -487,89 +469,71 @@ class CreateAgentResponseResponseBody(_Declared):
     def text(self) -> str:
         """The text of the agent's messages, with a newline between messages."""
         texts = []
-        for message in self.output if isinstance(self.output, list) else ():
-            if isinstance(message, Output) and message.role in ("agent", None):
-                parts = message.parts if isinstance(message.parts, list) else []
-                found = [part.text for part in parts if isinstance(part, TextPart)]
+        for message in _items(self.output, Output):
+            if message.role in ("agent", None):
+                found = [part.text for part in _items(message.parts, TextPart)]
                 texts.append("".join(text for text in found if isinstance(text, str)))
         return "\n".join(filter(None, texts))
+
+
+def _items(value: Any, kind: Type[T]) -> List[T]:
+    """Those of a list's items that came as the schema promises."""
+    items = value if isinstance(value, list) else []
+    return [item for item in items if isinstance(item, kind)]
 
 
 # ----------------------------------------------------------------------------
 # Checking and JSON
 # ----------------------------------------------------------------------------
 
-_TYPE_NAMES = {
-    str: "text",
-    bool: "true or false",
-    float: "a number",
-    list: "a list",
-    dict: "an object",
-}
+_WORDS = {str: "text", bool: "true or false", float: "a number", list: "a list"}
 _TEXT_LIKE = (str, bytes, bytearray, memoryview)  # sequences, but no lists
 
 
-class _Type(NamedTuple):
-    """What an annotation says."""
-
-    plain: Any  # str, bool, float, list, dict or Any; None for dataclasses alone
-    models: Tuple[Type[Any], ...]  # the dataclasses that a value may be one of
-    items: Any  # the annotation of a list's items
+def _cached(function: T) -> T:
+    return cast(T, functools.lru_cache(maxsize=None)(cast(Any, function)))
 
 
-@functools.lru_cache(maxsize=None)
-def _read_annotation(annotation: Any) -> _Type:
+@_cached
+def _read_annotation(annotation: Any) -> Tuple[Any, Tuple[Any, ...], Any]:
+    """(plain type, dataclasses, type of a list's items) that a value may have.
+
+    The plain type is str, bool, float, list, dict, Any, or None for no such type.
+    """
     origin = getattr(annotation, "__origin__", annotation)
     if origin in (list, abc.Sequence):
-        return _Type(list, (), annotation.__args__[0])
+        return list, (), annotation.__args__[0]
     if origin in (dict, abc.Mapping):
-        return _Type(dict, (), Any)
+        return dict, (), None
     if is_dataclass(annotation):
-        return _Type(None, (annotation,), Any)
-    members = [_read_annotation(a) for a in getattr(annotation, "__args__", ())]
-    members = [member for member in members if member.plain is not type(None)]
+        return None, (annotation,), None
+    members = [_read_annotation(member) for member in _union_members(annotation)]
     if not members:
-        return _Type(annotation, (), Any)
-    models = tuple(model for member in members for model in member.models)
-    return _Type(members[-1].plain, models, members[-1].items)
+        return annotation, (), None
+    models = tuple(model for member in members for model in member[1])
+    return members[-1][0], models, members[-1][2]
 
 
-class _JSONField(NamedTuple):
-    """A dataclass field that JSON has."""
-
-    name: str
-    json_name: str
-    annotation: Any
-    required: bool
-    about: str
-    check: Callable[[Any], str]
+def _union_members(annotation: Any) -> List[Any]:
+    members = getattr(annotation, "__args__", ())
+    return [member for member in members if member is not type(None)]
 
 
-@functools.lru_cache(maxsize=None)
-def _json_fields(model: Type[Any]) -> Tuple[_JSONField, ...]:
-    return tuple(
-        _JSONField(
-            item.name,
-            item.metadata["json_name"] or item.name,
-            item.type,
-            item.default is MISSING and item.default_factory is MISSING,
-            item.metadata["about"],
-            item.metadata["check"] or (lambda value: ""),
-        )
-        for item in fields(model)
-        if item.metadata
-    )
+@_cached
+def _json_fields(model: Any) -> "Dict[str, Field[Any]]":
+    """The fields that JSON has, by their names there."""
+    declared = [item for item in fields(model) if item.metadata]
+    return {item.metadata["json_name"] or item.name: item for item in declared}
 
 
-def _choose(models: Sequence[Type[Any]], given: Mapping[Any, Any]) -> Any:
+def _choose(models: Sequence[Any], given: Mapping[Any, Any]) -> Any:
     """The model of an object: by its `kind`, else by what only that model has."""
     if len(models) == 1:
         return models[0]
     for model in models:
-        first, kind = _json_fields(model)[0], getattr(model, "kind", None)
-        if kind and given.get("kind") == kind:
-            return model
-        if not kind and (first.name in given or first.json_name in given):
+        name, item = next(iter(_json_fields(model).items()))
+        kind = getattr(model, "kind", None)
+        if given.get("kind") == kind if kind else name in given or item.name in given:
             return model
     return None
 
@@ -580,17 +544,21 @@ def _at(path: str, key: Any) -> str:
     return f"{path}.{key}" if path else key
 
 
+def _type_name(value: Any) -> str:
+    return "None" if value is None else type(value).__name__
+
+
 def _is_list(value: Any) -> bool:
     return isinstance(value, abc.Sequence) and not isinstance(value, _TEXT_LIKE)
 
 
 def _encode(annotation: Any, value: Any, path: str, problems: Problems) -> Any:
-    """The JSON form of a field's value; what is wrong with it joins `problems`."""
+    """The JSON form of what a field holds; what is wrong with it joins `problems`."""
     plain, models, items = _read_annotation(annotation)
-    is_mapping = isinstance(value, abc.Mapping)
-    if isinstance(value, models) or (models and plain is dict and is_mapping):
+    is_object = plain is dict and isinstance(value, abc.Mapping)
+    if isinstance(value, models) or (models and is_object):
         return _encode_object(models, value, path, problems)
-    if plain is Any or (plain is dict and not models and is_mapping):
+    if plain is Any or is_object:
         return _encode_free(value, path, problems)
     if plain is list and _is_list(value):
         places = enumerate(value)
@@ -599,72 +567,68 @@ def _encode(annotation: Any, value: Any, path: str, problems: Problems) -> Any:
         return value
     if plain is float and type(value) in (int, float) and math.isfinite(value):
         return value
-    wanted = " or ".join(model.__name__ for model in models) or _TYPE_NAMES[plain]
+    names = " or ".join(model.__name__ for model in models)
     given = repr(value) if type(value) is float else _type_name(value)
+    wanted = names or _WORDS.get(plain, "an object")
     problems.append((path, f"must be {wanted}, not {given}"))
     return None
 
 
-def _type_name(value: Any) -> str:
-    return "None" if value is None else type(value).__name__
-
-
 def _encode_object(
-    models: Tuple[Type[Any], ...], value: Any, path: str, problems: Problems
+    models: Sequence[Any], value: Any, path: str, problems: Problems
 ) -> Dict[str, Any]:
     """The JSON form of a dataclass of ours, or of a mapping that stands for one."""
-    is_model = isinstance(value, models)
+    is_model = isinstance(value, tuple(models))
     given = dict(vars(value) if is_model else value)
     model = type(value) if is_model else _choose(models, given)
     encoded: Dict[str, Any] = {}
     if model is None:
         problems.append(_no_model(models, given, path))
         return encoded
-    for item in _json_fields(model):
-        names = [n for n in dict.fromkeys((item.json_name, item.name)) if n in given]
-        where = _at(path, names[0] if names else item.json_name)
+    for json_name, item in _json_fields(model).items():
+        names = [n for n in dict.fromkeys((json_name, item.name)) if n in given]
         values = [given.pop(name) for name in names]
+        where = _at(path, names[0] if names else json_name)
         if len(values) > 1:
             problems.append((where, f"given twice, as {names[1]!r} too"))
         elif values and values[0] is not None:
-            known = len(problems)
-            encoded[item.json_name] = _encode(
-                item.annotation, values[0], where, problems
-            )
-            problem = item.check(values[0]) if len(problems) == known else ""
-            problems.extend([(where, problem)] if problem else [])
-        elif item.required:
+            found: Problems = []
+            encoded[json_name] = _encode(item.type, values[0], where, found)
+            check = item.metadata["check"]
+            wrong = check(values[0]) if check and not found else ""
+            problems += [(where, wrong)] if wrong else found
+        elif item.default is MISSING and item.default_factory is MISSING:
             problems.append((where, "required"))
     if not is_model:
-        names = [item.json_name for item in _json_fields(model)]
-        problems.extend((_at(path, key), _unknown(key, names)) for key in given)
+        known = list(_json_fields(model))
+        problems += [(_at(path, name), _unknown(name, known)) for name in given]
     return encoded
 
 
 def _no_model(
-    models: Sequence[Type[Any]], given: Mapping[Any, Any], path: str
+    models: Sequence[Any], given: Mapping[Any, Any], path: str
 ) -> Tuple[str, str]:
-    kinds = [getattr(model, "kind", "") for model in models]
-    if not all(kinds):
-        names = [repr(_json_fields(model)[0].json_name) for model in models]
+    kinds: List[Any] = [getattr(model, "kind", None) for model in models]
+    if None in kinds:
+        names = [repr(next(iter(_json_fields(model)))) for model in models]
         return path, f"must have {' or '.join(names)}"
-    known = given.get("kind") is not None
-    return _at(path, "kind"), _one_of(*kinds)(None) if known else "required"
+    missing = given.get("kind") is None
+    return _at(path, "kind"), "required" if missing else _one_of(*kinds)(None)
 
 
-def _unknown(name: Any, names: Sequence[str]) -> str:
+def _unknown(name: Any, known: Sequence[str]) -> str:
     import difflib
 
-    close = difflib.get_close_matches(str(name)[:80], names, 1)
+    close = difflib.get_close_matches(str(name)[:80], known, 1)
     return "unknown field" + (f" (did you mean {close[0]!r}?)" if close else "")
 
 
 def _encode_free(
     value: Any, path: str, problems: Problems, parents: Tuple[int, ...] = ()
 ) -> Any:
-    """The JSON form of a free-form value (contract: Request).
+    """The JSON form of a free-form value (contract, "Request").
 
-    `parents` holds the ids of the containers that it is in.
+    `parents`: the ids of the containers that it is in.
     """
     if isinstance(value, enum.Enum):
         return _encode_free(value.value, path, problems, parents)
@@ -675,13 +639,9 @@ def _encode_free(
     if isinstance(value, float) and math.isfinite(value):
         return value
     if isinstance(value, (datetime.date, datetime.time)):  # a datetime is a date
-        text = value.isoformat()
-        return text[: -len("+00:00")] + "Z" if text.endswith("+00:00") else text
-    if not isinstance(value, type) and (
-        is_dataclass(value)
-        or isinstance(value, (abc.Mapping, abc.Set))
-        or _is_list(value)
-    ):
+        return re.sub(r"\+00:00$", "Z", value.isoformat())
+    is_model = is_dataclass(value) and not isinstance(value, type)
+    if is_model or isinstance(value, (abc.Mapping, abc.Set)) or _is_list(value):
         if id(value) not in parents and len(parents) < MAX_NESTING:
             return _encode_container(value, path, problems, (*parents, id(value)))
         wrong = "contains itself" if id(value) in parents else "is nested too deeply"
@@ -703,10 +663,8 @@ def _encode_container(
     if is_dataclass(value):
         value = {item.name: getattr(value, item.name) for item in fields(value)}
     if not isinstance(value, abc.Mapping):
-        return [
-            _encode_free(item, f"{path}[{index}]", problems, parents)
-            for index, item in enumerate(value)
-        ]
+        places = [(f"{path}[{index}]", item) for index, item in enumerate(value)]
+        return [_encode_free(item, at, problems, parents) for at, item in places]
     encoded: Dict[str, Any] = {}
     for key, item in value.items():
         name = key.value if isinstance(key, enum.Enum) else key
@@ -729,14 +687,14 @@ def _decode(annotation: Any, value: Any) -> Any:
     return _decode_object(model, value) if model else value
 
 
-def _decode_object(model: Type[T], given: Mapping[str, Any]) -> T:
+def _decode_object(model: Any, given: Mapping[str, Any]) -> Any:
     decoded = model.__new__(model)  # not built: a request part would be checked
     rest = dict(given)
-    for item in _json_fields(model):
-        value = rest.pop(item.json_name, None)
-        if value is None and getattr(item.annotation, "__origin__", None) is list:
+    for json_name, item in _json_fields(model).items():
+        value = rest.pop(json_name, None)
+        if value is None and getattr(item.type, "__origin__", None) is list:
             value = []  # `output` and `parts`, which programs loop over
-        vars(decoded)[item.name] = _decode(item.annotation, value)
+        vars(decoded)[item.name] = _decode(item.type, value)
     for name, value in rest.items():
         if not name.startswith("_") and not hasattr(model, name):
             vars(decoded)[name] = value
@@ -745,16 +703,13 @@ def _decode_object(model: Type[T], given: Mapping[str, Any]) -> T:
 
 def _decode_answer(data: Dict[str, Any]) -> CreateAgentResponseResponseBody:
     given = dict(data)
-    if "_id" not in given and "id" in given:  # a task (contract: Answers)
+    if "_id" not in given and "id" in given:  # a task (contract, "Answers")
         given["_id"] = given.pop("id")
         given.setdefault("task_id", given["_id"])
+    answer: CreateAgentResponseResponseBody
     answer = _decode_object(CreateAgentResponseResponseBody, given)
     answer.raw = data
     return answer
-
-
-def _decode_text(body: bytes) -> str:
-    return body.decode(json.detect_encoding(body), "replace")
 
 
 def _decode_json(text: str) -> Any:
@@ -763,7 +718,7 @@ def _decode_json(text: str) -> Any:
     def read_integer(digits: str) -> Union[int, str]:
         try:
             return int(digits)
-        except ValueError:  # more digits than Python reads: CVE-2020-10735
+        except ValueError:  # more digits than Python reads (gh-95778): kept as text
             return digits
 
     try:
@@ -773,10 +728,11 @@ def _decode_json(text: str) -> Any:
 
 
 def _server_words(data: Any) -> str:
-    """What an error's JSON says, in one of the shapes seen (contract: Answers)."""
-    error = data.get("error") if isinstance(data, dict) else None
-    inner = error.get("message") if isinstance(error, dict) else error
-    words = [data.get("message"), inner] if isinstance(data, dict) else []
+    """What an error's JSON says, in the shapes that were seen (contract, "Answers")."""
+    outer = data if isinstance(data, dict) else {}
+    inner = outer.get("error")
+    inner = inner.get("message") if isinstance(inner, dict) else inner
+    words = (outer.get("message"), inner)
     return next((word for word in words if isinstance(word, str) and word), "")
 
 
@@ -789,170 +745,231 @@ def _negative(value: float) -> str:
     return "must not be negative" if value < 0 else ""
 
 
-def _not_statuses(value: Sequence[str]) -> str:
-    wrong = [v for v in value if not re.fullmatch("[1-5]([0-9]{2}|[xX]{2})", v)]
-    return f"{wrong[0]!r} is not a status such as '429' or '5XX'" if wrong else ""
+def _no_statuses(values: Sequence[str]) -> str:
+    wrong = [v for v in values if not re.fullmatch("[1-5]([0-9]{2}|[Xx]{2})", v)]
+    return f"{wrong[0]!r} is no status such as '429' or '5XX'" if wrong else ""
 
 
 @dataclass
 class BackoffStrategy(_Checked):
-    """How long to wait between attempts, in milliseconds."""
+    """How long to wait between attempts, in milliseconds.
 
-    initial_interval: float = _optional("the first wait", "", _negative, default=500)
-    max_interval: float = _optional("the longest wait", "", _negative, default=60_000)
-    exponent: float = _optional("factor per attempt", "", _negative, default=1.5)
-    max_elapsed_time: float = _optional(
-        "no wait begins that would end later", "", _negative, default=3_600_000
-    )
-    jitter_ms: Optional[float] = _optional(
-        "the most to add at random; None: each wait is shortened by up to a quarter",
-        "",
-        _negative,
-    )
+    Without `jitter_ms`, each wait is shortened at random by up to a quarter.
+    """
+
+    initial_interval: float = _optional("first wait", "", _negative, default=500)
+    max_interval: float = _optional("longest wait", "", _negative, default=60_000)
+    exponent: float = _optional("each wait to the last", "", _negative, default=1.5)
+    max_elapsed_time: float = _optional("in all", "", _negative, default=3_600_000)
+    jitter_ms: Optional[float] = _optional("most to add at random", "", _negative)
 
 
 @dataclass
 class RetryConfig(_Checked):
-    """What to try again. None in its place, or strategy 'none', tries once."""
+    """What to try again, and when. None in its place tries once.
 
-    strategy: str = _optional(
-        "'backoff' or 'none'", "", _one_of("backoff", "none"), default="backoff"
-    )
+    `retry_connection_errors` is about attempts without a complete answer: all of
+    them (True), none (False), or those after which the agent cannot have run (None).
+    """
+
+    strategy: str = _optional("how", "", _one_of("backoff", "none"), default="backoff")
     backoff: BackoffStrategy = field(
         default_factory=BackoffStrategy, metadata=_about("how long to wait")
     )
-    retry_connection_errors: bool = _optional(
-        "also when no complete answer came, even if the agent may have run",
-        default=True,
-    )
+    retry_connection_errors: Optional[bool] = _optional("see above", default=True)
     status_codes_override: Optional[Sequence[str]] = _optional(
-        "instead of 429, 500, 502, 503 and 504; '5XX' is a class", "", _not_statuses
+        "instead of 429, 500, 502, 503 and 504", "", _no_statuses
     )
 
 
-class _Policy(NamedTuple):
-    """A row of the retry table for each field."""
-
-    unsent: bool  # the request never completely left
-    sent: bool  # it left, and no complete answer came
-    statuses: Sequence[str]
-    backoff: BackoffStrategy
-
-
-# An agent run is not idempotent (RFC 9110, section 9.2.2): not for a failure after
-# which the agent may have run. 429 and 503 say that it has not.
-_DEFAULT_POLICY = _Policy(
-    True, False, ("429", "503"), BackoffStrategy(500, 8_000, 2, 30_000)
+# An agent run is not idempotent (RFC 9110, section 9.2.2), so only what failed before
+# the agent ran: a request that did not leave whole, and 429 and 503, which say so.
+DEFAULT_RETRY = RetryConfig(
+    "backoff", BackoffStrategy(500, 8_000, 2, 30_000), None, ("429", "503")
 )
 
 
-def _policy(config: Optional[RetryConfig]) -> _Policy:
+def _should_retry(error: OrqError, config: Optional[RetryConfig]) -> bool:
     if config is None or config.strategy == "none":
-        return _Policy(False, False, (), BackoffStrategy())
-    statuses = config.status_codes_override
-    if statuses is None:
-        statuses = ("429", "500", "502", "503", "504")
-    connection = config.retry_connection_errors
-    return _Policy(connection, connection, statuses, config.backoff)
-
-
-def _should_retry(error: OrqError, policy: _Policy) -> bool:
+        return False
     if isinstance(error, APIConnectionError):
-        return error.temporary and (policy.sent if error.sent else policy.unsent)
+        wanted = config.retry_connection_errors
+        return error.temporary and (not error.sent if wanted is None else wanted)
     if not isinstance(error, APIError) or error.status_code == 200:
         return False
     status = str(error.status_code)
-    return bool({status, status[0] + "XX", status[0] + "xx"} & set(policy.statuses))
+    statuses = config.status_codes_override
+    if statuses is None:
+        statuses = ("429", "500", "502", "503", "504")
+    return any(s.upper() in (status, f"{status[0]}XX") for s in statuses)
 
 
 def _retry_wait(
-    error: OrqError, policy: _Policy, attempt: int, elapsed: float
+    error: OrqError, config: RetryConfig, attempt: int, elapsed: float
 ) -> Optional[float]:
-    """Seconds to wait after failed attempt `attempt` (1 for the first).
+    """Seconds to wait after the failed attempt of this number, the first being 1.
 
-    None if the wait would pass `max_elapsed_time`, `elapsed` seconds being over.
+    None if that wait would pass `max_elapsed_time`, `elapsed` seconds being over.
     """
-    backoff = policy.backoff
+    backoff = config.backoff
     wait = _asked_wait(error.headers) if isinstance(error, APIError) else None
     if wait is None:
         try:
-            grown = backoff.initial_interval * float(backoff.exponent) ** (attempt - 1)
+            wait = backoff.initial_interval * float(backoff.exponent) ** (attempt - 1)
         except OverflowError:
-            grown = backoff.max_interval
+            wait = math.inf
+        added = random.uniform(0, backoff.jitter_ms or 0)
+        wait = min(wait + added, backoff.max_interval, MAX_TIMEOUT_MS) / 1000
         if backoff.jitter_ms is None:
-            wait = min(grown, backoff.max_interval) * random.uniform(0.75, 1) / 1000
-        else:
-            grown += random.uniform(0, backoff.jitter_ms)
-            wait = min(grown, backoff.max_interval) / 1000
-    return None if elapsed + wait > backoff.max_elapsed_time / 1000 else wait
+            wait *= random.uniform(0.75, 1)
+    return wait if elapsed + wait <= backoff.max_elapsed_time / 1000 else None
 
 
-def _asked_wait(headers: email.message.Message) -> Optional[float]:
-    """Seconds that the server asks for, the more precise header first."""
-    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1)):
+def _asked_wait(headers: http.client.HTTPMessage) -> Optional[float]:
+    """The seconds that the server asks for, where that makes sense."""
+    wait = math.nan
+    after = headers.get("retry-after", "")
+    for text, unit in ((after, 1), (headers.get("retry-after-ms", ""), 1000)):
         try:
-            wait = float(headers.get(name, "")) * unit
+            wait = float(text) / unit  # the more precise header comes last
         except ValueError:
-            continue
-        if 0 < wait < math.inf:
-            return wait
-    try:  # a date: RFC 9110, section 10.2.3
-        date = email.utils.parsedate_to_datetime(headers.get("retry-after", ""))
-        wait = date.timestamp() - time.time()
-    except (TypeError, ValueError, IndexError, OverflowError):
-        return None
-    return wait if wait > 0 else None
+            pass
+    if math.isnan(wait):
+        try:  # a date (RFC 9110, section 10.2.3)
+            wait = email.utils.parsedate_to_datetime(after).timestamp() - time.time()
+        except (TypeError, ValueError, IndexError, OverflowError):
+            pass
+    return wait if 0 < wait <= MAX_TIMEOUT_MS / 1000 else None
 
 
 # ----------------------------------------------------------------------------
 # Transport
 # ----------------------------------------------------------------------------
 
-# urllib.request routes a request: its opener holds the proxy handler and the one
-# below, and neither follows a redirect nor raises for a status. http.client reads
-# the answer. The connection, its deadline and its reuse are ours.
+# urllib.request routes a request: its opener holds the proxy handler and the handler
+# below, so that no other scheme exists, and nothing copies credentials to where a
+# redirect points. http.client reads the answer. The connection is ours.
+
+
+_SERVER_URL = re.compile(
+    r"(https?)://(\[[0-9a-f:.]+\]|[^][\s/?#@\\:%\x00-\x1f\x7f]+)(?::([0-9]{1,5}))?"
+    r"(/[^\s?#\\\x00-\x1f\x7f]*)?",
+    re.IGNORECASE,
+)
+_OWN_HEADERS = ("host", "content-length", "transfer-encoding", "connection")
+_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, section 5.6.2
+_UNSENDABLE = re.compile(r"[\x00-\x1f\x7f-\x9f]|[^\x00-\xff]")
+
+
+def _read_server_url(url: str) -> Tuple[str, str]:
+    """(origin, path), both ASCII; two empty texts if it is no server's URL."""
+    match = _SERVER_URL.fullmatch(url.strip())
+    if not match or not 0 < int(match[3] or 80) < 2**16:
+        return "", ""
+    scheme, host, port, path = match.groups("")
+    scheme = scheme.lower()
+    try:
+        host = host.lower().encode("idna").decode("ascii")
+        path = urllib.parse.quote(path.rstrip("/"), string.punctuation)
+    except UnicodeError:
+        return "", ""
+    if port and int(port) != {"http": 80, "https": 443}[scheme]:
+        host += f":{int(port)}"
+    return f"{scheme}://{host}", path
+
+
+def _operation_url(server_url: Any, agent_key: Any, problems: Problems) -> str:
+    origin, path = _read_server_url(server_url if isinstance(server_url, str) else "")
+    if not origin:
+        wanted = "http(s)://HOST[:PORT][/PATH], without credentials, query or fragment"
+        problems.append(("server_url", f"must be {wanted}"))
+    _encode(str, agent_key, "agent_key", problems)
+    segment = agent_key if isinstance(agent_key, str) else "."
+    if isinstance(agent_key, str) and agent_key.strip() in ("", ".", ".."):
+        problems.append(("agent_key", "must name an agent"))
+    try:
+        segment = urllib.parse.quote(segment, safe="")
+    except UnicodeEncodeError:
+        problems.append(("agent_key", "has no UTF-8 form"))
+    return f"{origin}{path}/v2/agents/{segment}/responses"
+
+
+def _request_headers(api_key: Any, given: Any, problems: Problems) -> Dict[str, str]:
+    """Our headers, with the caller's added or in their place."""
+    unsendable = "must not have control characters or text outside latin-1"
+    key = api_key.strip() if isinstance(api_key, str) else ""
+    if not key:
+        problems.append(("api_key", "required (or set ORQ_API_KEY)"))
+    elif _UNSENDABLE.search(key):
+        problems.append(("api_key", unsendable))
+    headers = {
+        "Authorization": key if key[:7].lower() == "bearer " else f"Bearer {key}",
+        "Content-Type": "application/json",
+        "Accept": "application/json",
+        "Accept-Encoding": "identity",
+        "User-Agent": f"orq_min/{__version__}",
+    }
+    if given is not None and not isinstance(given, abc.Mapping):
+        problems.append(("http_headers", f"must be an object, not {_type_name(given)}"))
+        given = None
+    seen = set(_OWN_HEADERS)
+    for name, value in (given or {}).items():
+        wrong = ""
+        if not isinstance(name, str) or not _HEADER_NAME.fullmatch(name):
+            wrong = "is not a header's name"
+        elif name.lower() in seen:
+            wrong = "is set by the client, or given twice"
+        elif not isinstance(value, str):
+            wrong = f"must be text, not {_type_name(value)}"
+        elif _UNSENDABLE.search(value.strip()):
+            wrong = unsendable
+        else:
+            seen.add(name.lower())
+            headers[name.title()] = value.strip()
+        problems += [(_at("http_headers", name), wrong)] if wrong else []
+    return headers
 
 
 @dataclass
 class PreparedRequest:
-    """A request that was checked and is ready to send. Its repr holds no secret."""
+    """A request that was checked and can be sent. Its repr holds no secret."""
 
     method: str
     url: str
     headers: Dict[str, str] = field(repr=False)
     body: bytes = field(repr=False)
-    timeout: float  # seconds for one attempt
-    policy: _Policy
+    timeout: float  # seconds, for one attempt
+    retries: Optional[RetryConfig]
 
     def mask(self, text: str) -> str:
         """The text without the key, however it may be escaped there."""
         scheme, _, key = self.headers["Authorization"].partition(" ")
         key = key or scheme
         for form in (key, json.dumps(key)[1:-1], urllib.parse.quote(key, safe="")):
-            text = text.replace(form, "***") if form else text
+            text = text.replace(form, "***")
         return text
 
 
 class _Answer(NamedTuple):
-    """A complete answer; `problem` says what is wrong with it as a whole."""
+    """A complete answer; `problem`: what is wrong with it as a whole."""
 
     status: int
-    headers: email.message.Message
+    headers: http.client.HTTPMessage
     body: bytes
     problem: str = ""
 
 
 class _Cancellation:
-    """Lets another thread end a call."""
+    """How another thread ends a call."""
 
     def __init__(self) -> None:
         self.event = threading.Event()
-        self._lock = threading.Lock()  # a connection given back is not shut down
+        self._lock = threading.Lock()
         self._sock: Optional[socket.socket] = None
 
     def watch(self, sock: Optional[socket.socket]) -> None:
-        """Take note of the socket in use; ConnectionError if the call has ended."""
-        with self._lock:
+        """Note the socket in use. ConnectionError if the call has been ended."""
+        with self._lock:  # a socket that was given back must not be shut down
             self._sock = sock
             if self.event.is_set():
                 raise ConnectionAbortedError("cancelled")
@@ -960,36 +977,21 @@ class _Cancellation:
     def cancel(self) -> None:
         with self._lock:
             self.event.set()
-            if self._sock is not None:
-                _shut_down(self._sock)
-
-
-def _shut_down(sock: socket.socket) -> None:
-    """Wake the thread that waits for the socket, without a word to the peer.
-
-    SSLSocket.shutdown would have that thread go on in plain text.
-    """
-    try:
-        socket.socket.shutdown(sock, socket.SHUT_RDWR)
-    except OSError:
-        pass  # not connected yet, or no longer
+            try:
+                if self._sock is not None:
+                    # past SSLSocket.shutdown, after which it would send plain text
+                    socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
+            except OSError:
+                pass  # not connected yet, or no longer
 
 
 class _Attempt(urllib.request.Request):
-    """One request on its way."""
+    """A request on its way, whose destination urllib's ProxyHandler may change."""
 
-    def __init__(
-        self,
-        request: PreparedRequest,
-        url: str,
-        deadline: float,
-        cancellation: _Cancellation,
-    ) -> None:
-        super().__init__(url, request.body, request.headers, method=request.method)
-        self.request = request
-        self.deadline = deadline  # of time.monotonic
-        self.cancellation = cancellation
-        self.sent = False  # the last byte of it has left
+    prepared: PreparedRequest
+    cancellation: _Cancellation
+    deadline: float  # of time.monotonic
+    sent = False  # the last byte of it has left
 
     def time_left(self) -> float:
         left = self.deadline - time.monotonic()
@@ -997,13 +999,62 @@ class _Attempt(urllib.request.Request):
             raise socket.timeout("the deadline has passed")
         return left
 
+    def tunnel(self) -> Optional[str]:
+        """The server behind a proxy that is asked for a tunnel to it."""
+        return cast(Optional[str], getattr(self, "_tunnel_host", None))
 
-class _Stream(io.RawIOBase):
-    """What a socket receives, up to the deadline of the attempt."""
 
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
+def _host_and_port(netloc: str, default_port: int) -> Tuple[str, int]:
+    parts = urllib.parse.urlsplit(f"//{netloc}")
+    return parts.hostname or "", parts.port or default_port
+
+
+def _dial(host: str, port: int, attempt: _Attempt) -> socket.socket:
+    """Connect to the first address that accepts; each has its share of the time."""
+    addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    for left in range(len(addresses), 0, -1):
+        family, kind, protocol, _, address = addresses[-left]
+        sock = socket.socket(family, kind, protocol)
+        try:
+            attempt.cancellation.watch(sock)
+            sock.settimeout(attempt.time_left() / left)
+            sock.connect(address)
+            _set_options(sock)
+            return sock
+        except BaseException as error:
+            sock.close()
+            if left == 1 or not isinstance(error, OSError):
+                raise
+    raise OSError("the name has no address")
+
+
+def _set_options(sock: socket.socket) -> None:
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name in ("TCP_KEEPIDLE", "TCP_KEEPALIVE", "TCP_KEEPINTVL"):  # 2nd: macOS
+        if hasattr(socket, name):
+            option = getattr(socket, name)
+            sock.setsockopt(socket.IPPROTO_TCP, option, KEEPALIVE_SECONDS)
+
+
+class _ProxyRefusal(OSError):
+    """A proxy that opened no tunnel."""
+
+
+class _Reader(io.BufferedReader):
+    def close(self) -> None:
+        """Stay open: http.client closes after an answer, but others may follow."""
+
+
+class _Connection(io.RawIOBase):
+    """A connection, which serves one attempt at a time, as the stream it receives."""
+
+    def __init__(self, sock: socket.socket, peer: Tuple[Any, ...]) -> None:
+        self.sock = sock
+        self.peer = (os.getpid(), *peer)
         self.attempt: Optional[_Attempt] = None  # None: nothing is to be read
+        self.idle_since = 0.0
+        self.reader = _Reader(self)
 
     def readable(self) -> bool:
         return True
@@ -1011,29 +1062,16 @@ class _Stream(io.RawIOBase):
     def readinto(self, buffer: Any) -> Optional[int]:
         if self.attempt is None:
             return None
-        self._sock.settimeout(self.attempt.time_left())
-        return self._sock.recv_into(buffer)
-
-
-class _Reader(io.BufferedReader):
-    def close(self) -> None:
-        """Stay open: http.client closes after each answer, but others may follow."""
-
-
-class _Connection:
-    """A connection to a server or a proxy, used for one attempt at a time."""
-
-    def __init__(self, sock: socket.socket, peer: Tuple[Any, ...]) -> None:
-        self.sock = sock
-        self.peer = peer
-        self.process = os.getpid()
-        self.idle_since = 0.0
-        self._stream = _Stream(sock)
-        self._reader = _Reader(self._stream)
+        self.sock.settimeout(self.attempt.time_left())
+        return self.sock.recv_into(buffer)
 
     def makefile(self, mode: str) -> io.BufferedReader:
-        """What HTTPResponse reads; bytes past an answer stay in it and are seen."""
-        return self._reader
+        """What HTTPResponse reads, one for all answers: no byte past one is lost."""
+        return self.reader
+
+    def close(self) -> None:
+        super().close()
+        self.sock.close()
 
     def send(self, data: bytes, attempt: _Attempt) -> None:
         # not sendall: over TLS it would grant the timeout to each piece anew
@@ -1042,9 +1080,33 @@ class _Connection:
             self.sock.settimeout(attempt.time_left())
             view = view[self.sock.send(view[:BLOCK_BYTES]) :]
 
-    def read_head(self, method: str, attempt: _Attempt) -> http.client.HTTPResponse:
-        """Status and headers of the final answer (RFC 9110, section 15.2)."""
-        self._stream.attempt = attempt
+    def open_tunnel(self, server: str, credentials: str, attempt: _Attempt) -> None:
+        """Ask the proxy for a tunnel (RFC 9110, section 9.3.6)."""
+        target = server if re.search(":[0-9]+$", server) else f"{server}:443"
+        head = f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n"
+        if credentials:
+            head += f"Proxy-Authorization: {credentials}\r\n"
+        self.send(f"{head}\r\n".encode("latin-1"), attempt)
+        status = self.read_head(attempt, "CONNECT").status
+        if not 200 <= status < 300:
+            phrase = http.client.responses.get(status, "")
+            raise _ProxyRefusal(f"{status} {phrase}".rstrip())
+
+    def start_tls(
+        self, context: "ssl.SSLContext", server: str, attempt: _Attempt
+    ) -> None:
+        host, _ = _host_and_port(server, 443)
+        self.sock = context.wrap_socket(
+            self.sock, server_hostname=host, do_handshake_on_connect=False
+        )
+        self.reader = _Reader(self)  # nothing from before TLS may be taken for it
+        attempt.cancellation.watch(self.sock)
+        self.sock.settimeout(attempt.time_left())
+        self.sock.do_handshake()
+
+    def read_head(self, attempt: _Attempt, method: str) -> http.client.HTTPResponse:
+        """The start of the final answer (RFC 9110, section 15.2)."""
+        self.attempt = attempt
         while True:
             response = http.client.HTTPResponse(cast(Any, self), method=method)
             response.begin()
@@ -1052,115 +1114,99 @@ class _Connection:
                 return response
 
     def exchange(self, attempt: _Attempt) -> Tuple[_Answer, bool]:
-        """The answer, and whether the connection can serve another attempt."""
+        """The answer, and whether another attempt can use the connection."""
         broken: Optional[Exception] = None
+        head = [f"{attempt.get_method()} {attempt.selector} HTTP/1.1"]
+        head += [f"{name.title()}: {value}" for name, value in attempt.header_items()]
+        start = "\r\n".join([*head, "", ""]).encode("latin-1")
+        body = attempt.prepared.body
+        try:  # head and body in one packet where they fit
+            small = len(body) < BLOCK_BYTES
+            self.send(start + body if small else start, attempt)
+            self.send(b"" if small else body, attempt)
+            attempt.sent = True
+        except socket.timeout:
+            raise
+        except OSError as error:
+            broken = error  # but a server may answer (401, 413) before it has read all
         try:
-            self._send_request(attempt)
-        except ConnectionError as error:
-            broken = error  # a server may answer (401, 413) and not read to the end
-        try:
-            response = self.read_head(attempt.get_method(), attempt)
+            response = self.read_head(attempt, attempt.get_method())
             answer = _read_answer(response)
-        except Exception as error:
-            raise broken or error
-        clean = not broken and not response.will_close and _is_framed(response)
-        return answer, clean and not answer.problem and self._is_drained()
-
-    def _send_request(self, attempt: _Attempt) -> None:
-        lines = [f"{attempt.get_method()} {attempt.selector} HTTP/1.1"]
-        lines += [f"{name.title()}: {value}" for name, value in attempt.header_items()]
-        head = "\r\n".join([*lines, "", ""]).encode("latin-1")
-        body = attempt.request.body
-        if len(body) < BLOCK_BYTES:  # in one packet where it fits
-            self.send(head + body, attempt)
-        else:
-            self.send(head, attempt)
-            self.send(body, attempt)
-        attempt.sent = True
-
-    def _is_drained(self) -> bool:
-        self._stream.attempt = None
-        pending = getattr(self.sock, "pending", None)  # decrypted, but not yet read
-        return not self._reader.peek(1) and not (pending and pending())
+        except Exception:
+            if broken:
+                raise broken from None
+            raise
+        self.attempt = None
+        pending = getattr(self.sock, "pending", int)  # decrypted, but not read
+        odd = broken or answer.problem or self.reader.peek(1) or pending()
+        return answer, not odd and not response.will_close and _is_framed(response)
 
     def is_usable(self, peer: Tuple[Any, ...]) -> bool:
-        """Whether an idle one can serve an attempt to this peer, in this process."""
+        """Whether it is idle, fresh and quiet, and of this process and peer."""
         fresh = time.monotonic() - self.idle_since < IDLE_SECONDS
-        if not fresh or self.peer != peer or self.process != os.getpid():
+        if not fresh or self.peer != (os.getpid(), *peer):
             return False
         self.sock.settimeout(0)
-        try:  # past TLS, which allows no peeking
+        try:  # past SSLSocket.recv, which cannot peek
             socket.socket.recv(self.sock, 1, socket.MSG_PEEK)
         except BlockingIOError:
             return True
         except OSError:
             pass
-        return False  # closed, or something came unasked
-
-    def close(self) -> None:
-        self.sock.close()
+        return False  # it was closed, or something came unasked
 
 
 def _is_framed(response: http.client.HTTPResponse) -> bool:
     """Whether the end of the answer is beyond doubt (RFC 9112, section 6.3)."""
     lengths = response.headers.get_all("content-length", [])
     codings = response.headers.get_all("transfer-encoding", [])
-    if codings:
-        return not lengths and codings == ["chunked"]
-    return len(lengths) == 1 and re.fullmatch("[0-9]+", lengths[0]) is not None
+    return (lengths, codings) == ([], ["chunked"]) or (
+        not codings
+        and len(lengths) == 1
+        and re.fullmatch("[0-9]+", lengths[0]) is not None
+    )
 
 
 def _read_answer(response: http.client.HTTPResponse) -> _Answer:
-    """The whole answer; raises where it breaks off before its end."""
-    status, headers = response.status, response.headers
+    """The whole answer; raises if it breaks off."""
     body = bytearray()
     source: Any = response
-    if headers.get("content-encoding", "").strip().lower() in ("gzip", "x-gzip"):
+    if response.headers.get("content-encoding", "").lower() in ("gzip", "x-gzip"):
         import gzip
 
-        source = gzip.GzipFile(fileobj=cast(Any, response))
-    while True:
-        block = source.read(BLOCK_BYTES)
-        if not block:
-            break
-        if len(body) + len(block) > MAX_ANSWER_BYTES:
-            limit = f"{MAX_ANSWER_BYTES >> 20} MiB"
-            return _Answer(status, headers, b"", f"the answer is larger than {limit}")
+        source = gzip.GzipFile(fileobj=source)
+    for block in iter(lambda: source.read(BLOCK_BYTES), b""):
         body += block
+        if len(body) > MAX_ANSWER_BYTES:
+            problem = f"the answer is larger than {MAX_ANSWER_BYTES} bytes"
+            return _Answer(response.status, response.headers, b"", problem)
     if response.length:  # read(amount) does not tell
         raise http.client.IncompleteRead(b"", response.length)
-    return _Answer(status, headers, bytes(body))
+    return _Answer(response.status, response.headers, bytes(body))
 
 
 class _ConnectionHandler(urllib.request.BaseHandler):
-    """Performs an attempt for urllib's opener, on a kept connection or a new one.
-
-    A list's pop, append and remove are atomic, so that no lock is needed, which a
-    fork could leave locked for ever.
-    """
+    """Performs an attempt for urllib's opener, on a kept connection or a new one."""
 
     def __init__(self, context: "Optional[ssl.SSLContext]") -> None:
         self._context = context
         self._context_lock = threading.Lock()
+        # append, pop and remove are atomic: a lock could be left locked by a fork
         self._idle: List[_Connection] = []
         self._closed = False
 
     def http_open(self, attempt: _Attempt) -> _Answer:
-        tunnel = getattr(attempt, "_tunnel_host", None)  # set by Request.set_proxy
-        credentials = attempt.headers.get("Proxy-authorization")
-        if tunnel:  # they are for the proxy, the rest is for the server
-            attempt.headers.pop("Proxy-authorization", None)
-        peer = (attempt.type, attempt.host, tunnel, credentials)
-        connection = self._take(peer)
+        credentials = attempt.get_header("Proxy-authorization", "")
+        if attempt.tunnel():  # they are for the proxy alone
+            attempt.remove_header("Proxy-authorization")
+        peer = (attempt.type, attempt.host, attempt.tunnel(), credentials)
+        connection = self._take(peer) or self._connect(attempt, peer, credentials)
         try:
-            if connection is None:
-                connection = _Connection(self._connect(attempt, credentials), peer)
             attempt.cancellation.watch(connection.sock)
             answer, clean = connection.exchange(attempt)
             attempt.cancellation.watch(None)
         except BaseException:
-            if connection is not None:
-                connection.close()
+            connection.close()
             raise
         connection.idle_since = time.monotonic()
         if clean:
@@ -1174,7 +1220,7 @@ class _ConnectionHandler(urllib.request.BaseHandler):
     https_open = http_open
 
     def _take(self, peer: Tuple[Any, ...]) -> Optional[_Connection]:
-        """A kept connection to this peer, the one used last first."""
+        """The kept connection to this peer that was used last."""
         for connection in self._idle[::-1]:
             try:
                 self._idle.remove(connection)
@@ -1194,98 +1240,30 @@ class _ConnectionHandler(urllib.request.BaseHandler):
             except IndexError:
                 break  # another thread took the last one
 
-    def _connect(self, attempt: _Attempt, credentials: Optional[str]) -> socket.socket:
-        tunnel = getattr(attempt, "_tunnel_host", None)
-        default_port = 443 if attempt.type == "https" and not tunnel else 80
-        host, port = _host_and_port(attempt.host, default_port)
-        sock = _dial(host, port, attempt)
-        try:
-            if tunnel:
-                _open_tunnel(sock, tunnel, credentials, attempt)
-                host, _ = _host_and_port(tunnel, 443)
-            if attempt.type == "https":
-                sock = self._start_tls(sock, host, attempt)
-        except BaseException:
-            sock.close()
-            raise
-        return sock
-
-    def _start_tls(
-        self, sock: socket.socket, host: str, attempt: _Attempt
-    ) -> "ssl.SSLSocket":
+    def _tls_context(self) -> "ssl.SSLContext":
         with self._context_lock:
             if self._context is None:
                 import ssl
 
                 self._context = ssl.create_default_context()
-        secured = self._context.wrap_socket(
-            sock, server_hostname=host, do_handshake_on_connect=False
-        )
+            return self._context
+
+    def _connect(
+        self, attempt: _Attempt, peer: Tuple[Any, ...], credentials: str
+    ) -> _Connection:
+        tunnel, secure = attempt.tunnel(), attempt.type == "https"
+        host, port = _host_and_port(attempt.host, 443 if secure and not tunnel else 80)
+        connection = _Connection(_dial(host, port, attempt), peer)
         try:
-            attempt.cancellation.watch(secured)
-            secured.settimeout(attempt.time_left())
-            secured.do_handshake()
+            if tunnel:
+                connection.open_tunnel(tunnel, credentials, attempt)
+            if secure:
+                server = tunnel or attempt.host
+                connection.start_tls(self._tls_context(), server, attempt)
         except BaseException:
-            secured.close()
+            connection.close()
             raise
-        return secured
-
-
-def _host_and_port(netloc: str, default_port: int) -> Tuple[str, int]:
-    parts = urllib.parse.urlsplit(f"//{netloc}")
-    return parts.hostname or "", parts.port or default_port
-
-
-def _dial(host: str, port: int, attempt: _Attempt) -> socket.socket:
-    """Connect to the first address that answers; each has its share of the time."""
-    failure: OSError = OSError(f"{host} has no address")
-    addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    for tried, (family, kind, protocol, _, address) in enumerate(addresses):
-        sock = socket.socket(family, kind, protocol)
-        try:
-            attempt.cancellation.watch(sock)
-            sock.settimeout(attempt.time_left() / (len(addresses) - tried))
-            sock.connect(address)
-            _keep_alive(sock)
-            return sock
-        except OSError as error:
-            sock.close()
-            failure = error
-        except BaseException:
-            sock.close()
-            raise
-    raise failure
-
-
-def _keep_alive(sock: socket.socket) -> None:
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    # TCP_KEEPALIVE is what macOS calls TCP_KEEPIDLE
-    for name in ("TCP_KEEPIDLE", "TCP_KEEPALIVE", "TCP_KEEPINTVL"):
-        if hasattr(socket, name):
-            option = getattr(socket, name)
-            sock.setsockopt(socket.IPPROTO_TCP, option, KEEPALIVE_SECONDS)
-
-
-class _ProxyRefusal(OSError):
-    """A proxy that would not open a tunnel."""
-
-
-def _open_tunnel(
-    sock: socket.socket, server: str, credentials: Optional[str], attempt: _Attempt
-) -> None:
-    """CONNECT through a proxy (RFC 9110, section 9.3.6)."""
-    host, port = _host_and_port(server, 443)
-    target = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    lines = [f"CONNECT {target} HTTP/1.1", f"Host: {target}"]
-    if credentials:
-        lines.append(f"Proxy-Authorization: {credentials}")
-    connection = _Connection(sock, ())
-    connection.send("\r\n".join([*lines, "", ""]).encode("latin-1"), attempt)
-    status = connection.read_head("CONNECT", attempt).status
-    if not 200 <= status < 300:
-        phrase = http.client.responses.get(status, "")
-        raise _ProxyRefusal(f"it answered {status} {phrase}".rstrip())
+        return connection
 
 
 class _Transport:
@@ -1302,173 +1280,93 @@ class _Transport:
 
     __del__ = close
 
-    def exchange(
-        self, request: PreparedRequest, cancellation: _Cancellation
-    ) -> _Answer:
-        """Send, follow redirects within the origin (RFC 9110, section 15.4), read.
+    def exchange(self, prepared: PreparedRequest, stop: _Cancellation) -> _Answer:
+        """The answer, after redirects within the origin (RFC 9110, section 15.4).
 
-        Raises APIConnectionError where no complete answer comes.
+        Raises APIConnectionError if no complete one comes.
         """
-        url = request.url
-        deadline = time.monotonic() + request.timeout
-        for _ in range(MAX_REDIRECTS + 1):
-            answer = self._attempt(_Attempt(request, url, deadline, cancellation))
+        url = prepared.url
+        deadline = time.monotonic() + prepared.timeout
+        followed = 0
+        while True:
+            attempt = _Attempt(
+                url, prepared.body, prepared.headers, method=prepared.method
+            )
+            attempt.prepared, attempt.cancellation = prepared, stop
+            attempt.deadline = deadline
+            answer = self._open(attempt)
             location = answer.headers.get("location")
-            if not 300 <= answer.status < 400 or not location:
+            if not location or not 300 <= answer.status < 400:
                 return answer
-            target = urllib.parse.urljoin(url, location)
-            target = urllib.parse.quote(target, string.punctuation).partition("#")[0]
-            refused = answer._replace(problem=f"redirect to {target} not followed")
-            if answer.status not in (307, 308) or not _same_origin(target, url):
-                return refused  # another method, or another place to send the key to
+            target = urllib.parse.quote(location, string.punctuation)
+            target = urllib.parse.urljoin(url, target).partition("#")[0]
+            origin, _ = _read_server_url(target.partition("?")[0])
+            # a 303 would make a GET of it, another origin would be given the key
+            if (
+                answer.status not in (307, 308)
+                or followed == MAX_REDIRECTS
+                or origin != _read_server_url(prepared.url)[0]
+            ):
+                return answer._replace(problem=f"redirect to {target} not followed")
             url = target
-        return refused
+            followed += 1
 
-    def _attempt(self, attempt: _Attempt) -> _Answer:
-        started = time.monotonic()
-        result = "no answer"
+    def _open(self, attempt: _Attempt) -> _Answer:
+        started, result = time.monotonic(), "no answer"
         try:
             answer = self._opener.open(attempt)
-            if not isinstance(answer, _Answer):
-                raise ValueError("the proxy's URL is of an unknown kind")
+            if answer is None:
+                raise ValueError("no handler for this kind of proxy")
             result = str(answer.status)
-            return answer
+            return cast(_Answer, answer)
         except Exception as error:
             raise _connection_error(error, attempt) from error
         finally:
             seconds = time.monotonic() - started
-            url = attempt.request.mask(attempt.full_url)
+            url = attempt.prepared.mask(attempt.full_url)
             _log.debug(
                 "%s %s: %s in %.3f s", attempt.get_method(), url, result, seconds
             )
 
 
 def _connection_error(error: Exception, attempt: _Attempt) -> APIConnectionError:
-    """What a failure means: whether the agent may have run, and whether to go on."""
-    mask = attempt.request.mask
+    """What a failure means for the caller and for the retry policy."""
+    mask = attempt.prepared.mask
+    late = isinstance(error, (socket.timeout, TimeoutError))
     what, temporary = _explain(error, attempt)
-    # a traceback shows the cause as well, in which a server's words may be
-    error.args = tuple(mask(arg) if isinstance(arg, str) else arg for arg in error.args)
-    error.__context__ = None
     outcome = "the agent may have run, but" if attempt.sent else "not sent:"
     text = mask(f"{attempt.get_method()} {attempt.full_url}: {outcome} {what}")
-    late = isinstance(error, (socket.timeout, TimeoutError))
-    kind = APITimeoutError if late else APIConnectionError
-    return kind(text, attempt.sent, temporary)
+    failure = (APITimeoutError if late else APIConnectionError)(text)
+    failure.sent, failure.temporary = attempt.sent, temporary
+    # tracebacks show the cause too, which may hold what the server wrote
+    error.args = tuple(mask(arg) if isinstance(arg, str) else arg for arg in error.args)
+    error.__context__ = None
+    return failure
 
 
 def _explain(error: Exception, attempt: _Attempt) -> Tuple[str, bool]:
     """(what went wrong, whether another attempt may do better)."""
     if isinstance(error, socket.timeout):
-        return f"no complete answer came within {attempt.request.timeout:g} s", True
+        return f"no complete answer within {attempt.prepared.timeout:g} s", True
     if isinstance(error, _ProxyRefusal):
-        return f"the proxy {attempt.host} opened no tunnel, {error}", False
+        return f"the proxy {attempt.host} refused a tunnel with {error}", False
     if isinstance(error, socket.gaierror):
-        what = f"the name of {attempt.host} was not found ({error.strerror})"
+        what = f"no address found for {attempt.host} ({error.strerror})"
         return what, error.errno == socket.EAI_AGAIN
-    if hasattr(error, "verify_message"):  # an ssl.SSLCertVerificationError
-        what = f"the certificate was not accepted ({getattr(error, 'verify_message')})"
+    if hasattr(error, "verify_message"):  # ssl.SSLCertVerificationError
+        what = f"the certificate was not accepted ({error.verify_message})"
         advice = "set SSL_CERT_FILE to its certificate, or pass an ssl_context"
         return f"{what}; for a private authority, {advice}", False
     if isinstance(error, ValueError) and not attempt.sent:
-        error.args = ("not the URL of an HTTP proxy",)  # its password may be in it
-        return f"the proxy setting is {error}", False
+        error.args = ("what the environment names is not an HTTP proxy's URL",)
+        return str(error), False  # the text that was there may show its password
     if isinstance(error, http.client.RemoteDisconnected):
         return "the connection was closed without an answer", True
     if isinstance(error, (http.client.IncompleteRead, EOFError)):
         return "the answer broke off", True
     if isinstance(error, (http.client.HTTPException, ValueError)):
         return f"what came is not HTTP ({type(error).__name__})", True
-    return getattr(error, "strerror", "") or str(error) or type(error).__name__, True
-
-
-# An http(s) address and nothing else: no credentials, query, fragment, white space.
-_ADDRESS = re.compile(
-    r"(https?)://(\[[0-9a-f:.]+\]|[^][\s/?#@\\:%\x00-\x1f\x7f]+)(?::([0-9]{1,5}))?"
-    r"(/[^\s?#\\\x00-\x1f\x7f]*)?",
-    re.IGNORECASE,
-)
-
-
-def _read_address(url: str) -> Optional[Tuple[str, str, str]]:
-    """(scheme, host with any port, path), all ASCII; None if it is no address."""
-    match = _ADDRESS.fullmatch(url)
-    if not match or not 0 < int(match[3] or 80) < 2**16:
-        return None
-    scheme = match[1].lower()
-    try:
-        host = match[2].lower().encode("idna").decode("ascii")
-        path = urllib.parse.quote(match[4] or "", string.punctuation)
-    except UnicodeError:
-        return None
-    port = int(match[3] or 0)
-    default = {"http": 80, "https": 443}[scheme]
-    return scheme, f"{host}:{port}" if port not in (0, default) else host, path
-
-
-def _same_origin(url: str, other: str) -> bool:
-    one, two = _read_address(url.partition("?")[0]), _read_address(other)
-    return one is not None and two is not None and one[:2] == two[:2]
-
-
-def _endpoint(server_url: Any, agent_key: Any, problems: Problems) -> str:
-    """The URL of the operation for this agent (contract: Request)."""
-    address = _read_address(server_url.strip()) if isinstance(server_url, str) else None
-    if address is None:
-        wanted = "http(s)://HOST[:PORT][/PATH], with no credentials, query or fragment"
-        problems.append(("server_url", f"must be {wanted}"))
-    segment = ""
-    _encode(str, agent_key, "agent_key", problems)
-    if isinstance(agent_key, str):
-        try:
-            segment = urllib.parse.quote(agent_key, safe="")
-        except UnicodeEncodeError:
-            problems.append(("agent_key", "has no UTF-8 form"))
-        if agent_key.strip() in ("", ".", ".."):
-            problems.append(("agent_key", "must be the key of an agent"))
-    scheme, host, path = address or ("", "", "")
-    return f"{scheme}://{host}{path.rstrip('/')}/v2/agents/{segment}/responses"
-
-
-_OWN_HEADERS = ("host", "content-length", "transfer-encoding", "connection")
-_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, section 5.6.2
-_NO_HEADER_VALUE = re.compile(r"[\x00-\x1f\x7f-\x9f]|[^\x00-\xff]")
-_BAD_VALUE = "must not have control characters or text outside latin-1"
-
-
-def _request_headers(api_key: Any, extra: Any, problems: Problems) -> Dict[str, str]:
-    """Our headers with the caller's in place of those that he gives."""
-    key = api_key.strip() if isinstance(api_key, str) else ""
-    if not key:
-        problems.append(("api_key", "required (or set ORQ_API_KEY)"))
-    if _NO_HEADER_VALUE.search(key):
-        problems.append(("api_key", _BAD_VALUE))
-    headers = {
-        "Authorization": key if key[:7].lower() == "bearer " else f"Bearer {key}",
-        "Content-Type": "application/json",
-        "Accept": "application/json",
-        "Accept-Encoding": "identity",
-        "User-Agent": f"orq_min/{__version__}",
-    }
-    given = set()
-    if extra is not None and not isinstance(extra, abc.Mapping):
-        problems.append(("http_headers", f"must be an object, not {_type_name(extra)}"))
-        return headers
-    for name, value in (extra or {}).items():
-        where = _at("http_headers", name)
-        if not isinstance(name, str) or not _HEADER_NAME.fullmatch(name):
-            problems.append((where, "is not the name of a header"))
-        elif name.lower() in _OWN_HEADERS:
-            problems.append((where, "is set by the client alone"))
-        elif name.lower() in given:
-            problems.append((where, "given twice"))
-        elif not isinstance(value, str) or _NO_HEADER_VALUE.search(value.strip()):
-            wrong = _BAD_VALUE if isinstance(value, str) else "must be text"
-            problems.append((where, wrong))
-        else:
-            given.add(name.lower())
-            headers[name.title()] = value.strip()
-    return headers
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__, True
 
 
 # ----------------------------------------------------------------------------
@@ -1478,115 +1376,91 @@ def _request_headers(api_key: Any, extra: Any, problems: Problems) -> Dict[str, 
 APIKey = Union[str, Callable[[], Optional[str]], None]
 
 
-def _api_error(
-    request: PreparedRequest, answer: _Answer, text: str, data: Any
-) -> APIError:
-    words = request.mask(_server_words(data))
-    quoted = words or request.mask(text)
-    printable = "".join(
-        c if c.isprintable() else " " for c in quoted[: 4 * QUOTED_CHARACTERS]
-    )
-    shown = " ".join(printable.split())
-    if len(shown) > QUOTED_CHARACTERS:
-        shown = f"{shown[:QUOTED_CHARACTERS]}... ({len(quoted)} characters)"
+def _api_error(prepared: PreparedRequest, answer: _Answer, text: str) -> APIError:
+    data = _decode_json(text)
+    words = prepared.mask(_server_words(data))
+    quoted = words or prepared.mask(text)
+    shown = "".join(c if c.isprintable() else " " for c in quoted[:QUOTED_CHARACTERS])
+    if len(quoted) > QUOTED_CHARACTERS:
+        shown += f"... ({len(quoted)} characters)"
     phrase = http.client.responses.get(answer.status, "")
-    problem = answer.problem
-    if answer.status == 200 and not problem:
-        problem = "the answer is not a JSON object"
-    what = f"{request.method} {request.url}: {answer.status} {phrase}".rstrip()
-    return APIError(
-        request.mask(": ".join(filter(None, (what, problem, shown)))),
-        status_code=answer.status,
-        headers=answer.headers,
-        body=text,
-        data=data,
-        message=words or phrase,
-    )
+    problem = "" if answer.status != 200 else "the answer is not a JSON object"
+    about = f"{prepared.method} {prepared.url}: {answer.status} {phrase}".rstrip()
+    what = (about, answer.problem or problem, " ".join(shown.split()))
+    error = APIError(prepared.mask(": ".join(filter(None, what))))
+    error.status_code, error.headers = answer.status, answer.headers
+    error.body, error.data, error.message = text, data, words or phrase
+    return error
 
 
 def _same_parameters(
     function: "Callable[P, Any]",
 ) -> "Callable[[Callable[..., T]], Callable[P, T]]":
-    """Show the parameters of one function for another, to help() and type checkers."""
-    return cast(Any, functools.wraps(function, assigned=()))
+    """Show one function's parameters for another, to help() and type checkers."""
+
+    def decorate(other: "Callable[..., T]") -> "Callable[P, T]":
+        return functools.update_wrapper(other, function, assigned=())
+
+    return decorate
 
 
-def _with_body_parameters(function: T) -> T:
-    """Complete the docstring with the declared fields of the body."""
-    fields_doc = (CreateAgentResponseRequestBody.__doc__ or "").partition("\n")[2]
-    function.__doc__ = f"{function.__doc__}{fields_doc}"
+def _with_body_fields(function: T) -> T:
+    """Complete the docstring from the fields of the body."""
+    _, _, about = (CreateAgentResponseRequestBody.__doc__ or "").partition("\n")
+    function.__doc__ = f"{function.__doc__}{about}"
     return function
 
 
-async def _in_thread(work: Callable[[], T], cancellation: _Cancellation) -> T:
-    """The result of work in a thread of its own, which ends if the task is cancelled.
+async def _in_thread(work: Callable[[], T], stop: _Cancellation) -> T:
+    """What work returns, in a daemon thread of its own.
 
-    The loop's executor has few threads, and a program waits for them at its end.
+    The event loop's executor has few threads, and a program's end waits for them.
     """
     import asyncio
+    import concurrent.futures
     import contextvars
 
-    loop = asyncio.get_running_loop()
-    future = loop.create_future()
-
-    def settle(result: Optional[T], error: Optional[BaseException]) -> None:
-        if future.done():
-            return
-        if error is None:
-            future.set_result(result)
-        else:
-            future.set_exception(error)
+    future: concurrent.futures.Future[T] = concurrent.futures.Future()
+    future.set_running_or_notify_cancel()  # it is ended by `stop` alone
 
     def run() -> None:
-        result, error = None, None
         try:
-            result = work()
-        except BaseException as failure:
-            error = failure
-        try:
-            loop.call_soon_threadsafe(settle, result, error)
-        except RuntimeError:
-            pass  # the loop is closed, and nobody waits any more
+            future.set_result(work())
+        except BaseException as error:  # noqa: BLE001 (the task raises it)
+            future.set_exception(error)
 
-    context = contextvars.copy_context()
-    threading.Thread(target=context.run, args=(run,), daemon=True).start()
+    target = contextvars.copy_context().run
+    threading.Thread(target=target, args=(run,), daemon=True).start()
     try:
-        return cast(T, await future)
+        return await asyncio.wrap_future(future)
     finally:
-        cancellation.cancel()
+        stop.cancel()
 
 
+@dataclass(repr=False, eq=False)
 class Responses:
     """The operation, as `orq.agents.responses`."""
 
-    def __init__(
-        self,
-        transport: _Transport,
-        api_key: APIKey,
-        server_url: Optional[str],
-        timeout_ms: Optional[float],
-        retry_config: Union[RetryConfig, _Unset, None],
-    ) -> None:
-        self._transport = transport
-        self._api_key = api_key
-        self._server_url = server_url
-        self._timeout_ms = timeout_ms
-        self._retry_config = retry_config
+    _transport: _Transport
+    _api_key: APIKey
+    _server_url: Optional[str]
+    _timeout_ms: Optional[float]
+    _retry_config: Optional[RetryConfig]
 
-    @_with_body_parameters
+    @_with_body_fields
     def create(
         self,
         *,
         agent_key: str,
-        message: Union[str, Message],
+        message: Union[str, MessageLike],
         task_id: Optional[str] = None,
         variables: Optional[Mapping[str, Any]] = None,
-        contact: Optional[AContact] = None,
-        thread: Optional[AThread] = None,
-        memory: Optional[AMemory] = None,
+        contact: Optional[ContactLike] = None,
+        thread: Optional[ThreadLike] = None,
+        memory: Optional[MemoryLike] = None,
         metadata: Optional[Mapping[str, Any]] = None,
         background: Optional[bool] = False,
-        retries: Union[RetryConfig, _Unset, None] = UNSET,
+        retries: Optional[RetryConfig] = UNSET,
         server_url: Optional[str] = None,
         timeout_ms: Optional[float] = None,
         http_headers: Optional[Mapping[str, str]] = None,
@@ -1598,8 +1472,9 @@ class Responses:
 
             agent_key: the agent's key or id
             retries: what to try again; None tries once (default: the client's)
-            server_url, timeout_ms: in place of the client's; milliseconds
-            http_headers: in addition to the headers of this client, or in their place
+            server_url: (default: the client's)
+            timeout_ms: for each attempt, in milliseconds (default: the client's)
+            http_headers: added to the client's own, or in their place
             extra_body: fields of the body that this file does not know
         """
         given = {name: value for name, value in locals().items() if name != "self"}
@@ -1611,13 +1486,12 @@ class Responses:
 
         Cancelling the task closes the connection.
         """
-        cancellation = _Cancellation()
+        stop = _Cancellation()
 
         def work() -> CreateAgentResponseResponseBody:
-            request = self.prepare(**given)
-            return self._run(request, cancellation, cancellation.event.wait)
+            return self._run(self.prepare(**given), stop, stop.event.wait)
 
-        return await _in_thread(work, cancellation)
+        return await _in_thread(work, stop)
 
     @_same_parameters(create)
     def prepare(
@@ -1625,124 +1499,110 @@ class Responses:
         *,
         agent_key: str,
         message: Any,
-        retries: Any = UNSET,
+        retries: Optional[RetryConfig] = UNSET,
         server_url: Optional[str] = None,
         timeout_ms: Optional[float] = None,
         http_headers: Optional[Mapping[str, str]] = None,
         extra_body: Optional[Mapping[str, Any]] = None,
-        **body_fields: Any,
+        **rest: Any,
     ) -> PreparedRequest:
-        """Check what `create` is given, and return the request that it would send.
-
-        Raises ValidationError.
-        """
+        """Check what `create` would be given; return what it would send."""
         problems: Problems = []
         if isinstance(message, str):
             message = A2AMessage("user", [TextPart(message)])
-        body = CreateAgentResponseRequestBody(message, **body_fields)
-        content = _encode_object((type(body),), body, "", problems)
-        content.update(_encode_extra(extra_body, problems))
-        url = _endpoint(self._choose_server(server_url), agent_key, problems)
-        key = self._api_key() if callable(self._api_key) else self._api_key
-        key = os.environ.get("ORQ_API_KEY") if self._api_key is None else key
-        headers = _request_headers(key, http_headers, problems)
-        seconds = self._choose_timeout(timeout_ms, problems)
-        policy = self._choose_policy(retries, problems)
+        body = CreateAgentResponseRequestBody(message, **rest)
+        content = _encode(type(body), body, "", problems)
+        if extra_body is not None:
+            _add_extra(content, extra_body, problems)
+        server = os.environ.get("ORQ_BASE_URL", "").strip() or DEFAULT_SERVER
+        server = _first(server_url, self._server_url, server)
+        url = _operation_url(server, agent_key, problems)
+        key = _first(self._api_key, os.environ.get("ORQ_API_KEY"))
+        headers = _request_headers(
+            key() if callable(key) else key, http_headers, problems
+        )
+        timeout = _first(timeout_ms, self._timeout_ms, DEFAULT_TIMEOUT_MS)
+        timeout = _encode(float, timeout, "timeout_ms", problems)
+        if timeout is not None and not 0 < timeout <= MAX_TIMEOUT_MS:
+            problems.append(("timeout_ms", f"must be above 0, up to {MAX_TIMEOUT_MS}"))
+        config = self._retry_config if retries is UNSET else retries
+        if config is not None:
+            _encode(RetryConfig, config, "retries", problems)
         if problems:
             raise ValidationError(problems)
         data = json.dumps(content, separators=(",", ":")).encode("ascii")
         headers["Host"] = urllib.parse.urlsplit(url).netloc
         headers["Content-Length"] = str(len(data))
-        return PreparedRequest("POST", url, headers, data, seconds, policy)
-
-    def _choose_server(self, given: Any) -> Any:
-        if given is None:
-            given = self._server_url
-        from_environment = os.environ.get("ORQ_BASE_URL", "").strip()
-        return (from_environment or DEFAULT_SERVER) if given is None else given
-
-    def _choose_timeout(self, given: Any, problems: Problems) -> float:
-        chosen = self._timeout_ms if given is None else given
-        chosen = DEFAULT_TIMEOUT_MS if chosen is None else chosen
-        milliseconds = _encode(float, chosen, "timeout_ms", problems)
-        if milliseconds is not None and not 0 < milliseconds <= MAX_TIMEOUT_MS:
-            problems.append(("timeout_ms", f"must be in 0 < ms <= {MAX_TIMEOUT_MS}"))
-        return (milliseconds or 0) / 1000
-
-    def _choose_policy(self, given: Any, problems: Problems) -> _Policy:
-        chosen = self._retry_config if given is UNSET else given
-        if chosen is UNSET:
-            return _DEFAULT_POLICY
-        known = len(problems)
-        if chosen is not None:
-            _encode(RetryConfig, chosen, "retries", problems)
-        return _policy(chosen) if len(problems) == known else _DEFAULT_POLICY
+        return PreparedRequest("POST", url, headers, data, timeout / 1000, config)
 
     def _run(
         self,
-        request: PreparedRequest,
-        cancellation: _Cancellation,
+        prepared: PreparedRequest,
+        stop: _Cancellation,
         pause: Callable[[float], Any],
     ) -> CreateAgentResponseResponseBody:
+        """The answer of the first attempt that has one, or the last one's error."""
         started = time.monotonic()
-        for attempt in itertools.count(1):
+        attempt = 0
+        while True:
+            attempt += 1
             try:
-                return self._attempt(request, cancellation)
+                return self._attempt(prepared, stop)
             except OrqError as error:
-                elapsed = time.monotonic() - started
-                wait = None
-                if _should_retry(error, request.policy):
-                    wait = _retry_wait(error, request.policy, attempt, elapsed)
-                if wait is None or cancellation.event.is_set():
+                config = prepared.retries
+                if not _should_retry(error, config) or stop.event.is_set():
                     raise
-                reason = str(error)
-                if isinstance(error, APIError):  # whose text has words of the body
-                    reason = f"status {error.status_code}"
+                elapsed = time.monotonic() - started
+                wait = _retry_wait(error, cast(RetryConfig, config), attempt, elapsed)
+                if wait is None:
+                    raise
+                # the text of an APIError has words of the body
+                status = getattr(error, "status_code", None)
+                reason = f"status {status}" if status else str(error)
             _log.info("attempt %d failed, next in %.1f s: %s", attempt, wait, reason)
             pause(wait)
-        raise AssertionError("unreachable")
 
     def _attempt(
-        self, request: PreparedRequest, cancellation: _Cancellation
+        self, prepared: PreparedRequest, stop: _Cancellation
     ) -> CreateAgentResponseResponseBody:
-        answer = self._transport.exchange(request, cancellation)
-        text = _decode_text(answer.body)
-        data = _decode_json(text)
-        if answer.status == 200 and not answer.problem and isinstance(data, dict):
+        answer = self._transport.exchange(prepared, stop)
+        text = answer.body.decode(json.detect_encoding(answer.body), "replace")
+        data = _decode_json(text) if answer.status == 200 else None
+        if isinstance(data, dict) and not answer.problem:
             return _decode_answer(data)
-        raise _api_error(request, answer, text, data)
+        raise _api_error(prepared, answer, text)
 
 
-def _encode_extra(extra: Any, problems: Problems) -> Dict[str, Any]:
-    named = {item.json_name for item in _json_fields(CreateAgentResponseRequestBody)}
-    if extra is None:
-        return {}
-    known = len(problems)
-    content = _encode(Mapping[str, Any], extra, "extra_body", problems)
-    if len(problems) > known:
-        return {}
-    for name in named & set(content):
-        problems.append((f"extra_body.{name}", "is a parameter of its own"))
-    return cast(Dict[str, Any], content)
+def _first(*values: Any) -> Any:
+    """The first that was given."""
+    return next((value for value in values if value is not None), None)
+
+
+def _add_extra(content: Dict[str, Any], extra: Any, problems: Problems) -> None:
+    encoded = _encode(Mapping[str, Any], extra, "extra_body", problems)
+    named = _json_fields(CreateAgentResponseRequestBody)
+    for name, value in (encoded or {}).items():
+        if name in named:
+            problems.append((_at("extra_body", name), "is a parameter of its own"))
+        content[name] = value
 
 
 class Agents:
-    """Holds the operations of `orq.agents`."""
+    """The operations of `orq.agents`."""
 
     def __init__(self, responses: Responses) -> None:
         self.responses = responses
 
 
 class Orq:
-    """A client; safe to share among threads. Close it, or use `with`.
+    """A client, which threads and tasks can share. Close it, or use `with`.
 
-    api_key: a text, or a function that gives one (default: ORQ_API_KEY)
+    api_key: a text, or a function that returns one (default: ORQ_API_KEY)
     server_url: (default: ORQ_BASE_URL, else https://my.orq.ai)
     timeout_ms: for each attempt, from connecting to the last byte, in
         milliseconds (default: 600000)
-    retry_config: what to try again; None tries once (default: only failures
-        after which the agent cannot have run, for 30 s in all)
-    ssl_context: (default: the platform's authorities, SSL_CERT_FILE, SSL_CERT_DIR)
+    retry_config: what to try again; None tries once (default: DEFAULT_RETRY)
+    ssl_context: (default: the platform's, with SSL_CERT_FILE and SSL_CERT_DIR)
     """
 
     def __init__(
@@ -1751,7 +1611,7 @@ class Orq:
         *,
         server_url: Optional[str] = None,
         timeout_ms: Optional[float] = None,
-        retry_config: Union[RetryConfig, _Unset, None] = UNSET,
+        retry_config: Optional[RetryConfig] = DEFAULT_RETRY,
         ssl_context: "Optional[ssl.SSLContext]" = None,
     ) -> None:
         self._transport = _Transport(ssl_context)
@@ -1760,50 +1620,49 @@ class Orq:
             Responses(self._transport, api_key, server_url, timeout_ms, retry_config)
         )
 
-    def close(self) -> None:
-        """Close the idle connections. A later call opens one for itself alone."""
-        self._transport.close()
-
-    def __enter__(self) -> "Orq":
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        self.close()
-
-    async def __aenter__(self) -> "Orq":
-        return self
-
-    async def __aexit__(self, *exception: Any) -> None:
-        self.close()
-
     def __repr__(self) -> str:
         return f"Orq(server_url={self._server_url!r})"
 
+    def close(self) -> None:
+        """Close the idle connections. A later call makes one for itself alone."""
+        self._transport.close()
 
-@_with_body_parameters
+    def __enter__(self) -> "Self":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    async def __aenter__(self) -> "Self":
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        self.close()
+
+
+@_with_body_fields
 def create_response(
     agent_key: str,
-    message: Union[str, Message],
+    message: Union[str, MessageLike],
     *,
     api_key: APIKey = None,
     ssl_context: "Optional[ssl.SSLContext]" = None,
     task_id: Optional[str] = None,
     variables: Optional[Mapping[str, Any]] = None,
-    contact: Optional[AContact] = None,
-    thread: Optional[AThread] = None,
-    memory: Optional[AMemory] = None,
+    contact: Optional[ContactLike] = None,
+    thread: Optional[ThreadLike] = None,
+    memory: Optional[MemoryLike] = None,
     metadata: Optional[Mapping[str, Any]] = None,
     background: Optional[bool] = False,
-    retries: Union[RetryConfig, _Unset, None] = UNSET,
+    retries: Optional[RetryConfig] = UNSET,
     server_url: Optional[str] = None,
     timeout_ms: Optional[float] = None,
     http_headers: Optional[Mapping[str, str]] = None,
     extra_body: Optional[Mapping[str, Any]] = None,
 ) -> CreateAgentResponseResponseBody:
-    """Make one call with a client of its own; see `Orq` and `Responses.create`."""
+    """Make one call, with a client of its own. See `Orq` and `Responses.create`."""
     given = dict(locals())
-    key, context = given.pop("api_key"), given.pop("ssl_context")
-    with Orq(key, ssl_context=context) as orq:
+    with Orq(given.pop("api_key"), ssl_context=given.pop("ssl_context")) as orq:
         return orq.agents.responses.create(**given)
 
 
@@ -1822,47 +1681,41 @@ def _option_parser() -> "argparse.ArgumentParser":
     parser = Parser(
         "orq_min.py",
         "%(prog)s [options] AGENT_KEY [MESSAGE]",
-        "Send a message to an Orq.ai agent and print what it answers.",
-        "The key is read from ORQ_API_KEY, the server from ORQ_BASE_URL. Exit status:"
-        " 0 answered, 1 the service answered with an error, 2 wrong usage or request,"
-        " nothing sent, 3 no answer, 130 interrupted.",
+        "Send a message to an Orq.ai agent and print what it says.",
+        "ORQ_API_KEY is the key, ORQ_BASE_URL the server. Exit status: 0 answered,"
+        " 1 the service answered with an error, 2 wrong usage or request, nothing"
+        " sent, 3 no answer, 130 interrupted.",
         allow_abbrev=False,
     )
     add = parser.add_argument
     add("agent_key", metavar="AGENT_KEY", nargs="?", help="the agent's key or id")
-    add("text", metavar="MESSAGE", nargs="?", help="its text; '-' for standard input")
-    add("--file", metavar="PATH|URL", action="append", default=[], help="attach it")
-    add(
-        "--tool-result",
-        metavar="CALL_ID=JSON",
-        action="append",
-        default=[],
-        help="answer a tool call that waits",
-    )
-    for item in _json_fields(CreateAgentResponseRequestBody):
-        plain, models, _ = _read_annotation(item.annotation)
-        option = "--" + item.name.replace("_", "-")
+    add("text", metavar="MESSAGE", nargs="?", help="'-' or none: standard input")
+    many: Dict[str, Any] = {"action": "append", "default": []}
+    add("--file", metavar="PATH|URL", help="attach it", **many)
+    add("--tool-result", metavar="CALL_ID=JSON", help="answer a tool call", **many)
+    for name, item in _json_fields(CreateAgentResponseRequestBody).items():
+        option, about = f"--{name.replace('_', '-')}", item.metadata["about"]
+        plain, models, _ = _read_annotation(item.type)
         if plain is bool:
-            add(option, action="store_true", help=item.about)
+            add(option, action="store_true", help=about)
         elif plain is str:
-            add(option, metavar="ID", help=item.about)
-        elif item.name == "message":
-            add(option, metavar="JSON|@FILE", help="a whole message instead")
+            add(option, metavar="ID", help=about)
+        elif name == "message":
+            add(option, metavar="JSON|@FILE", help="a whole message")
         elif models:
-            add(option, metavar="ID|JSON|@FILE", help=item.about)
+            add(option, metavar="ID|JSON|@FILE", help=about)
         else:
-            shape = "NAME=VALUE|JSON|@FILE"
-            add(option, metavar=shape, action="append", default=[], help=item.about)
+            add(option, metavar="NAME=VALUE|JSON|@FILE", help=about, **many)
     add("--extra-body", metavar="JSON|@FILE", help="fields that this file lacks")
     add("--server-url", metavar="URL", help="instead of ORQ_BASE_URL")
-    add("--timeout", metavar="SECONDS", type=float, help="for one attempt (600)")
+    add("--timeout", metavar="SECONDS", type=float, help="for an attempt (600)")
     group = parser.add_mutually_exclusive_group()
-    again = "try again whatever failed: the agent may run twice"
+    again = "try whatever failed again, even if the agent runs twice"
     group.add_argument("--retry", action="store_true", help=again)
     group.add_argument("--no-retry", action="store_true", help="try once")
     add("--json", action="store_true", help="print the whole answer")
-    add("--dry-run", action="store_true", help="print the request, do not send it")
-    about = "tell what happens; alone, print the version"
+    add("--dry-run", action="store_true", help="print the request, send nothing")
+    about = "tell what happens; alone, the version"
     add("-v", "--verbose", action="store_true", help=about)
     add("--version", action="version", version=f"orq_min {__version__}")
     return parser
@@ -1878,141 +1731,117 @@ def _read_json(option: str, text: str) -> Any:
     except OSError as error:
         problem = f"cannot read {text[1:]!r}: {error.strerror}"
     except (ValueError, RecursionError) as error:
-        problem = f"not JSON: {error}"
+        problem = f"is not JSON: {error}"
     raise ValidationError([(option, problem)])
 
 
-def _read_pairs(option: str, texts: Sequence[str]) -> Optional[Dict[str, Any]]:
-    """NAME=VALUE, and objects as JSON or @FILE, together."""
+def _read_option(name: str, value: Any) -> Any:
+    """What an option that stands for a field of the body says."""
+    option = f"--{name.replace('_', '-')}"
+    item = _json_fields(CreateAgentResponseRequestBody)[name]
+    _, models, _ = _read_annotation(item.type)
+    if models and not re.match(r"\s*[@{[]", value):
+        return {next(iter(_json_fields(models[0]))): value}  # a bare word is the id
+    if models:
+        return _read_json(option, value)
+    if not isinstance(value, list):
+        return value
     merged: Dict[str, Any] = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        pairs: Any = {name: value}
-        if not equals or text.lstrip()[:1] in ("{", "@"):
-            pairs = _read_json(option, text)
+    for text in value:
+        key, equals, content = text.partition("=")
+        is_pair = equals and not re.match(r"\s*[@{[]", text)
+        pairs = {key: content} if is_pair else _read_json(option, text)
         if not isinstance(pairs, dict):
             raise ValidationError([(option, "must be an object")])
         merged.update(pairs)
-    return merged if texts else None
+    return merged if value else None
 
 
-def _read_message(
-    options: "argparse.Namespace", parser: "argparse.ArgumentParser"
-) -> Any:
+def _read_message(options: Any, fail: Callable[[str], "NoReturn"]) -> Any:
     """What MESSAGE, --message, --file, --tool-result and standard input say."""
-    kinds = (options.message is not None, bool(options.tool_result))
-    others = options.text is not None or options.file
-    if sum(kinds) > 1 or (any(kinds) and others):
-        parser.error("MESSAGE, --file, --message and --tool-result do not go together")
+    text = options.text
+    plain = text is not None or bool(options.file)
+    if plain + bool(options.tool_result) + (options.message is not None) > 1:
+        fail("--message, --tool-result, and MESSAGE with --file exclude each other")
     if options.message is not None:
         return _read_json("--message", options.message)
-    if options.tool_result:
-        results = [_read_result(text) for text in options.tool_result]
-        return {"role": "tool", "parts": results}
-    text = options.text
-    if text == "-" or (text is None and not options.file):
-        text = _read_stdin(parser)
+    results = [result.partition("=") for result in options.tool_result]
+    if not all(call_id and equals for call_id, equals, _ in results):
+        fail("--tool-result must be CALL_ID=JSON")
+    if results:
+        answers = [
+            ToolResultPart(call_id, _read_json(f"--tool-result {call_id}", result))
+            for call_id, _, result in results
+        ]
+        return A2AMessage("tool", answers)
+    if text == "-" or not plain:
+        text = _read_stdin(fail)
     parts: List[Any] = [TextPart(text)] if text and text.strip() else []
     for place in options.file:
         is_url = re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", place)
         try:
             parts.append((FilePart.from_uri if is_url else FilePart.from_path)(place))
         except OSError as error:
-            problem = f"cannot read {place!r}: {error.strerror}"
-            raise ValidationError([("--file", problem)]) from None
+            fail(f"cannot read {place!r}: {error.strerror}")
     if not parts:
-        parser.error("the message is empty")
+        fail("the message is empty")
     return A2AMessage("user", parts)
 
 
-def _read_result(text: str) -> ToolResultPart:
-    call_id, equals, result = text.partition("=")
-    if not call_id or not equals:
-        raise ValidationError([("--tool-result", "must be CALL_ID=JSON")])
-    return ToolResultPart(call_id, _read_json(f"--tool-result {call_id}", result))
-
-
-def _read_stdin(parser: "argparse.ArgumentParser") -> str:
+def _read_stdin(fail: Callable[[str], "NoReturn"]) -> str:
     if sys.stdin is None or sys.stdin.isatty():
-        parser.error("MESSAGE is missing")
+        fail("MESSAGE is missing")
     data = getattr(sys.stdin, "buffer", sys.stdin).read()
     try:
         text = data if isinstance(data, str) else data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValidationError(
-            [("standard input", f"not UTF-8 text: {error}")]
-        ) from None
-    return text[:-1] if text.endswith("\n") else text
+        fail(f"standard input is not UTF-8 text: {error}")
+    return re.sub(r"\r?\n$", "", text)
 
 
 def _print(stream: Any, text: str) -> None:
     """Print in any locale: what the stream cannot show is escaped."""
-    if stream is None:
-        return
-    encoding = getattr(stream, "encoding", None) or "utf-8"
-    stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
-    stream.flush()
+    if stream is not None:
+        encoding = getattr(stream, "encoding", None) or "utf-8"
+        stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+        stream.flush()
 
 
 def _print_answer(answer: CreateAgentResponseResponseBody, options: Any) -> None:
-    text = answer.task_id if options.background else answer.text
-    if options.json:
-        text = json.dumps(answer.raw, indent=2, ensure_ascii=False)
-        try:
-            text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
-        except UnicodeEncodeError:
-            text = json.dumps(answer.raw, indent=2)
-    try:
-        if text:
-            _print(sys.stdout, str(text))
-    except BrokenPipeError:  # `| head -1` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     import shlex
 
+    text = str(answer.task_id or "") if options.background else answer.text
+    if options.json:
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        text = json.dumps(answer.raw, indent=2, ensure_ascii=False)
+        if text.encode(encoding, "ignore").decode(encoding) != text:
+            text = json.dumps(answer.raw, indent=2)
+    if text:
+        _print(sys.stdout, text)
     task = f"--task-id {shlex.quote(str(answer.task_id))}"
-    calls = answer.pending_tool_calls
-    for call in calls if isinstance(calls, list) else ():
-        if isinstance(call, PendingToolCalls):
-            function = (
-                call.function if isinstance(call.function, Function) else Function()
-            )
-            result = shlex.quote(f"{call.id}=") + "JSON"
-            asked = " ".join(f"{function.name}({function.arguments})".split())
-            _print(
-                sys.stderr,
-                f"waiting for {asked}; answer with {task} --tool-result {result}",
-            )
+    for call in _items(answer.pending_tool_calls, PendingToolCalls):
+        function = call.function if isinstance(call.function, Function) else Function()
+        asked = " ".join(f"{function.name}({function.arguments})".split())
+        reply = f"{task} --tool-result {shlex.quote(f'{call.id}=JSON')}"
+        _print(sys.stderr, f"orq_min: {asked} waits for its result: {reply}")
     if sys.stderr is not None and sys.stderr.isatty():
-        _print(sys.stderr, f"continue with {task}")
+        _print(sys.stderr, f"orq_min: continue with {task}")
 
 
 def _tick(done: threading.Event) -> None:
-    """Show the seconds that have passed."""
+    """Show the seconds that pass."""
     started = time.monotonic()
     while not done.wait(1):
         sys.stderr.write(f"\r{time.monotonic() - started:.0f} s ")
         sys.stderr.flush()
-    sys.stderr.write("\r        \r")
+    sys.stderr.write("\r")
 
 
-def _print_request(request: PreparedRequest) -> None:
-    _print(sys.stdout, f"{request.method} {request.url}")
-    for name, value in request.headers.items():
-        _print(sys.stdout, f"{name}: {value}")
-    _print(sys.stdout, "\n" + request.body.decode("ascii"))
-
-
-def _run_command(options: Any, parser: Any) -> None:
-    call: Dict[str, Any] = {"agent_key": options.agent_key}
-    call["message"] = _read_message(options, parser)
-    call.update(task_id=options.task_id, background=options.background)
-    for name in ("variables", "metadata"):
-        call[name] = _read_pairs(f"--{name}", getattr(options, name))
-    for name, key in (("contact", "id"), ("thread", "id"), ("memory", "entity_id")):
-        text = getattr(options, name)
-        if text is not None:
-            is_json = text.lstrip()[:1] in ("{", "[", "@")
-            call[name] = _read_json(f"--{name}", text) if is_json else {key: text}
+def _run_command(options: Any, fail: Callable[[str], "NoReturn"]) -> None:
+    call = {"agent_key": options.agent_key, "message": _read_message(options, fail)}
+    for name in list(_json_fields(CreateAgentResponseRequestBody))[1:]:
+        value = getattr(options, name)
+        call[name] = None if value is None else _read_option(name, value)
     if options.extra_body is not None:
         call["extra_body"] = _read_json("--extra-body", options.extra_body)
     if options.timeout is not None:
@@ -2022,22 +1851,26 @@ def _run_command(options: Any, parser: Any) -> None:
     key = "***" if options.dry_run else None
     with Orq(key, server_url=options.server_url) as orq:
         if options.dry_run:
-            return _print_request(orq.agents.responses.prepare(**call))
+            prepared = orq.agents.responses.prepare(**call)
+            lines = [f"{prepared.method} {prepared.url}"]
+            lines += [f"{name}: {value}" for name, value in prepared.headers.items()]
+            return _print(sys.stdout, "\n".join([*lines, "", prepared.body.decode()]))
         done = threading.Event()
         clock = threading.Thread(target=_tick, args=(done,), daemon=True)
-        if sys.stderr is not None and sys.stderr.isatty():
+        shown = sys.stderr is not None and sys.stderr.isatty()
+        if shown:
             clock.start()
         try:
             answer = orq.agents.responses.create(**call)
         finally:
             done.set()
-            if clock.ident:
+            if shown:
                 clock.join()
     _print_answer(answer, options)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Run the command line and return its exit status."""
+    """Run the command line; return its exit status."""
     parser = _option_parser()
     options = parser.parse_intermixed_args(argv)
     if options.agent_key is None:
@@ -2046,21 +1879,22 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         _print(sys.stdout, f"orq_min {__version__}")
         return 0
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("\rorq_min: %(message)s"))
+    handler.setFormatter(logging.Formatter("orq_min: %(message)s"))
     _log.addHandler(handler)
     _log.setLevel(logging.DEBUG if options.verbose else logging.INFO)
-    status = 0
     try:
-        _run_command(options, parser)
+        _run_command(options, parser.error)
+        return 0
     except OrqError as error:
         _print(sys.stderr, f"orq_min: {error}")
-        statuses = {ValidationError: 2, APIError: 1}
-        status = statuses.get(type(error), 3)
+        return {ValidationError: 2, APIError: 1}.get(type(error), 3)
+    except BrokenPipeError:  # `| head -1` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
-        status = 130
+        return 130
     finally:
         _log.removeHandler(handler)
-    return status
 
 
 if __name__ == "__main__":
