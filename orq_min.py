@@ -57,7 +57,7 @@ from typing import Optional, Sequence, Tuple, Type, TypeVar, Union, cast
 if TYPE_CHECKING:  # what Python 3.7 lacks, or a call may not need
     import argparse
     import ssl
-    from typing import NoReturn, ParamSpec, Self
+    from typing import Hashable, NoReturn, ParamSpec, Self
 
     P = ParamSpec("P")
 
@@ -202,7 +202,7 @@ class _Checked(_Declared):
 
     def __post_init__(self) -> None:
         problems: Problems = []
-        _encode(type(self), self, "", problems)
+        _encode_object((type(self),), self, "", problems)
         if problems:
             raise ValidationError(problems)
 
@@ -490,40 +490,59 @@ _WORDS = {str: "text", bool: "true or false", float: "a number", list: "a list"}
 _TEXT_LIKE = (str, bytes, bytearray, memoryview)  # sequences, but no lists
 
 
-def _cached(function: T) -> T:
-    return cast(T, functools.lru_cache(maxsize=None)(cast(Any, function)))
+class _Kind(NamedTuple):
+    """What an annotation says that a value may be."""
+
+    plain: Any  # str, bool, float, list, dict, Any, or None for none of these
+    models: Tuple[Any, ...] = ()  # dataclasses
+    items: Any = None  # the kind of a list's items
 
 
-@_cached
-def _read_annotation(annotation: Any) -> Tuple[Any, Tuple[Any, ...], Any]:
-    """(plain type, dataclasses, type of a list's items) that a value may have.
+_TEXT, _NUMBER, _OBJECT = _Kind(str), _Kind(float), _Kind(dict)
 
-    The plain type is str, bool, float, list, dict, Any, or None for no such type.
-    """
+
+def _read_annotation(annotation: Any) -> _Kind:
     origin = getattr(annotation, "__origin__", annotation)
+    members = [a for a in getattr(annotation, "__args__", ()) if a is not type(None)]
     if origin in (list, abc.Sequence):
-        return list, (), annotation.__args__[0]
+        return _Kind(list, (), _read_annotation(members[0]))
     if origin in (dict, abc.Mapping):
-        return dict, (), None
+        return _Kind(dict)
     if is_dataclass(annotation):
-        return None, (annotation,), None
-    members = [_read_annotation(member) for member in _union_members(annotation)]
+        return _Kind(None, (annotation,))
     if not members:
-        return annotation, (), None
-    models = tuple(model for member in members for model in member[1])
-    return members[-1][0], models, members[-1][2]
+        return _Kind(annotation)
+    kinds = [_read_annotation(member) for member in members]
+    models = tuple(model for kind in kinds for model in kind.models)
+    return _Kind(kinds[-1].plain, models, kinds[-1].items)
 
 
-def _union_members(annotation: Any) -> List[Any]:
-    members = getattr(annotation, "__args__", ())
-    return [member for member in members if member is not type(None)]
+class _JSONField(NamedTuple):
+    """A dataclass field that JSON has too."""
+
+    name: str
+    kind: _Kind
+    about: str
+    check: Optional[Callable[[Any], str]]
+    required: bool
+    is_list: bool
 
 
-@_cached
-def _json_fields(model: Any) -> "Dict[str, Field[Any]]":
-    """The fields that JSON has, by their names there."""
-    declared = [item for item in fields(model) if item.metadata]
-    return {item.metadata["json_name"] or item.name: item for item in declared}
+@functools.lru_cache(maxsize=256)
+def _json_fields(model: "Hashable") -> Dict[str, _JSONField]:
+    """The fields that JSON has too, by their names there."""
+    return {
+        item.metadata["json_name"] or item.name: _JSONField(
+            item.name,
+            _read_annotation(item.type),
+            item.metadata["about"],
+            item.metadata["check"],
+            item.default is MISSING and item.default_factory is MISSING,
+            getattr(item.type, "__origin__", None) is list,
+        )
+        for item in fields(cast(Any, model))
+        if item.metadata
+    }
 
 
 def _choose(models: Sequence[Any], given: Mapping[Any, Any]) -> Any:
@@ -552,9 +571,16 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, abc.Sequence) and not isinstance(value, _TEXT_LIKE)
 
 
-def _encode(annotation: Any, value: Any, path: str, problems: Problems) -> Any:
+def _is_number(value: Any) -> bool:
+    try:
+        return type(value) in (int, float) and math.isfinite(value)
+    except OverflowError:  # an integer that no float can hold
+        return False
+
+
+def _encode(kind: _Kind, value: Any, path: str, problems: Problems) -> Any:
     """The JSON form of what a field holds; what is wrong with it joins `problems`."""
-    plain, models, items = _read_annotation(annotation)
+    plain, models, items = kind
     is_object = plain is dict and isinstance(value, abc.Mapping)
     if isinstance(value, models) or (models and is_object):
         return _encode_object(models, value, path, problems)
@@ -565,7 +591,7 @@ def _encode(annotation: Any, value: Any, path: str, problems: Problems) -> Any:
         return [_encode(items, item, f"{path}[{n}]", problems) for n, item in places]
     if plain in (str, bool) and isinstance(value, plain):
         return value
-    if plain is float and type(value) in (int, float) and math.isfinite(value):
+    if plain is float and _is_number(value):
         return value
     names = " or ".join(model.__name__ for model in models)
     given = repr(value) if type(value) is float else _type_name(value)
@@ -580,25 +606,24 @@ def _encode_object(
     """The JSON form of a dataclass of ours, or of a mapping that stands for one."""
     is_model = isinstance(value, tuple(models))
     given = dict(vars(value) if is_model else value)
-    model = type(value) if is_model else _choose(models, given)
+    model: Any = type(value) if is_model else _choose(models, given)
     encoded: Dict[str, Any] = {}
     if model is None:
         problems.append(_no_model(models, given, path))
         return encoded
     for json_name, item in _json_fields(model).items():
-        names = [n for n in dict.fromkeys((json_name, item.name)) if n in given]
-        values = [given.pop(name) for name in names]
-        where = _at(path, names[0] if names else json_name)
-        if len(values) > 1:
-            problems.append((where, f"given twice, as {names[1]!r} too"))
-        elif values and values[0] is not None:
+        name = json_name if json_name in given else item.name
+        content = given.pop(name, None)
+        if name != item.name and given.pop(item.name, None) is not None:
+            problems.append((_at(path, name), f"given as {item.name!r} too"))
+        if content is not None:
             found: Problems = []
-            encoded[json_name] = _encode(item.type, values[0], where, found)
-            check = item.metadata["check"]
-            wrong = check(values[0]) if check and not found else ""
-            problems += [(where, wrong)] if wrong else found
-        elif item.default is MISSING and item.default_factory is MISSING:
-            problems.append((where, "required"))
+            encoded[json_name] = _encode(item.kind, content, _at(path, name), found)
+            wrong = item.check(content) if item.check and not found else ""
+            problems += [(_at(path, name), wrong)] if wrong else found
+        elif item.required:
+            name = name if is_model else json_name
+            problems.append((_at(path, name), "required"))
     if not is_model:
         known = list(_json_fields(model))
         problems += [(_at(path, name), _unknown(name, known)) for name in given]
@@ -678,12 +703,13 @@ def _encode_container(
     return encoded
 
 
-def _decode(annotation: Any, value: Any) -> Any:
-    """What an annotation makes of a JSON value; what does not fit it stays."""
-    plain, models, items = _read_annotation(annotation)
-    if plain is list and isinstance(value, list):
-        return [_decode(items, item) for item in value]
-    model = _choose(models, value) if models and isinstance(value, dict) else None
+def _decode(kind: _Kind, value: Any) -> Any:
+    """What a kind makes of a JSON value; what does not fit it stays."""
+    if isinstance(value, list) and kind.plain is list:
+        return [_decode(kind.items, item) for item in value]
+    if not kind.models or not isinstance(value, dict):
+        return value
+    model = _choose(kind.models, value)
     return _decode_object(model, value) if model else value
 
 
@@ -692,9 +718,10 @@ def _decode_object(model: Any, given: Mapping[str, Any]) -> Any:
     rest = dict(given)
     for json_name, item in _json_fields(model).items():
         value = rest.pop(json_name, None)
-        if value is None and getattr(item.type, "__origin__", None) is list:
+        if value is None and item.is_list:
             value = []  # `output` and `parts`, which programs loop over
-        vars(decoded)[item.name] = _decode(item.type, value)
+        is_plain = not isinstance(value, (list, dict))
+        vars(decoded)[item.name] = value if is_plain else _decode(item.kind, value)
     for name, value in rest.items():
         if not name.startswith("_") and not hasattr(model, name):
             vars(decoded)[name] = value
@@ -712,17 +739,21 @@ def _decode_answer(data: Dict[str, Any]) -> CreateAgentResponseResponseBody:
     return answer
 
 
+def _read_integer(digits: str) -> Union[int, str]:
+    try:
+        return int(digits)
+    except ValueError:  # more digits than Python reads (gh-95778): they stay text
+        return digits
+
+
+_encode_json = json.JSONEncoder(separators=(",", ":")).encode
+_read_json = json.JSONDecoder(parse_int=_read_integer).decode
+
+
 def _decode_json(text: str) -> Any:
     """The value, or None where the text is not JSON."""
-
-    def read_integer(digits: str) -> Union[int, str]:
-        try:
-            return int(digits)
-        except ValueError:  # more digits than Python reads (gh-95778): kept as text
-            return digits
-
     try:
-        return json.loads(text, parse_int=read_integer)
+        return _read_json(text)
     except (ValueError, RecursionError):
         return None
 
@@ -827,19 +858,21 @@ def _retry_wait(
 
 def _asked_wait(headers: http.client.HTTPMessage) -> Optional[float]:
     """The seconds that the server asks for, where that makes sense."""
-    wait = math.nan
     after = headers.get("retry-after", "")
-    for text, unit in ((after, 1), (headers.get("retry-after-ms", ""), 1000)):
+    waits: List[float] = []
+    for text, unit in ((headers.get("retry-after-ms", ""), 1000), (after, 1)):
         try:
-            wait = float(text) / unit  # the more precise header comes last
+            waits.append(float(text) / unit)
         except ValueError:
             pass
-    if math.isnan(wait):
-        try:  # a date (RFC 9110, section 10.2.3)
-            wait = email.utils.parsedate_to_datetime(after).timestamp() - time.time()
-        except (TypeError, ValueError, IndexError, OverflowError):
-            pass
-    return wait if 0 < wait <= MAX_TIMEOUT_MS / 1000 else None
+    try:  # a date is in GMT, said or not (RFC 9110, section 5.6.7)
+        date = email.utils.parsedate_to_datetime(after).replace(tzinfo=None)
+        zero = datetime.datetime(1970, 1, 1)
+        waits.append((date - zero).total_seconds() - time.time())
+    except (TypeError, ValueError, IndexError, OverflowError):
+        pass
+    sensible = (wait for wait in waits if 0 < wait <= MAX_TIMEOUT_MS / 1000)
+    return next(sensible, None)
 
 
 # ----------------------------------------------------------------------------
@@ -861,6 +894,7 @@ _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, section 5
 _UNSENDABLE = re.compile(r"[\x00-\x1f\x7f-\x9f]|[^\x00-\xff]")
 
 
+@functools.lru_cache(maxsize=16)
 def _read_server_url(url: str) -> Tuple[str, str]:
     """(origin, path), both ASCII; two empty texts if it is no server's URL."""
     match = _SERVER_URL.fullmatch(url.strip())
@@ -871,7 +905,9 @@ def _read_server_url(url: str) -> Tuple[str, str]:
     try:
         host = host.lower().encode("idna").decode("ascii")
         path = urllib.parse.quote(path.rstrip("/"), string.punctuation)
-    except UnicodeError:
+        if host[0] == "[":
+            socket.inet_pton(socket.AF_INET6, host[1:-1])
+    except (UnicodeError, OSError):
         return "", ""
     if port and int(port) != {"http": 80, "https": 443}[scheme]:
         host += f":{int(port)}"
@@ -883,7 +919,7 @@ def _operation_url(server_url: Any, agent_key: Any, problems: Problems) -> str:
     if not origin:
         wanted = "http(s)://HOST[:PORT][/PATH], without credentials, query or fragment"
         problems.append(("server_url", f"must be {wanted}"))
-    _encode(str, agent_key, "agent_key", problems)
+    _encode(_TEXT, agent_key, "agent_key", problems)
     segment = agent_key if isinstance(agent_key, str) else "."
     if isinstance(agent_key, str) and agent_key.strip() in ("", ".", ".."):
         problems.append(("agent_key", "must name an agent"))
@@ -1053,6 +1089,7 @@ class _Connection(io.RawIOBase):
         self.sock = sock
         self.peer = (os.getpid(), *peer)
         self.attempt: Optional[_Attempt] = None  # None: nothing is to be read
+        self.ended = False  # the peer has closed it
         self.idle_since = 0.0
         self.reader = _Reader(self)
 
@@ -1063,7 +1100,9 @@ class _Connection(io.RawIOBase):
         if self.attempt is None:
             return None
         self.sock.settimeout(self.attempt.time_left())
-        return self.sock.recv_into(buffer)
+        received = self.sock.recv_into(buffer)
+        self.ended = not received
+        return received
 
     def makefile(self, mode: str) -> io.BufferedReader:
         """What HTTPResponse reads, one for all answers: no byte past one is lost."""
@@ -1110,13 +1149,16 @@ class _Connection(io.RawIOBase):
         while True:
             response = http.client.HTTPResponse(cast(Any, self), method=method)
             response.begin()
+            if self.ended:  # http.client takes that for the end of the headers
+                raise http.client.IncompleteRead(b"")
             if response.status == 101 or not 100 <= response.status < 200:
                 return response
 
     def exchange(self, attempt: _Attempt) -> Tuple[_Answer, bool]:
         """The answer, and whether another attempt can use the connection."""
         broken: Optional[Exception] = None
-        head = [f"{attempt.get_method()} {attempt.selector} HTTP/1.1"]
+        method = attempt.prepared.method
+        head = [f"{method} {attempt.selector} HTTP/1.1"]
         head += [f"{name.title()}: {value}" for name, value in attempt.header_items()]
         start = "\r\n".join([*head, "", ""]).encode("latin-1")
         body = attempt.prepared.body
@@ -1130,7 +1172,7 @@ class _Connection(io.RawIOBase):
         except OSError as error:
             broken = error  # but a server may answer (401, 413) before it has read all
         try:
-            response = self.read_head(attempt, attempt.get_method())
+            response = self.read_head(attempt, method)
             answer = _read_answer(response)
         except Exception:
             if broken:
@@ -1139,7 +1181,7 @@ class _Connection(io.RawIOBase):
         self.attempt = None
         pending = getattr(self.sock, "pending", int)  # decrypted, but not read
         odd = broken or answer.problem or self.reader.peek(1) or pending()
-        return answer, not odd and not response.will_close and _is_framed(response)
+        return answer, not (odd or response.will_close) and _is_framed(answer)
 
     def is_usable(self, peer: Tuple[Any, ...]) -> bool:
         """Whether it is idle, fresh and quiet, and of this process and peer."""
@@ -1156,15 +1198,15 @@ class _Connection(io.RawIOBase):
         return False  # it was closed, or something came unasked
 
 
-def _is_framed(response: http.client.HTTPResponse) -> bool:
+def _is_framed(answer: _Answer) -> bool:
     """Whether the end of the answer is beyond doubt (RFC 9112, section 6.3)."""
-    lengths = response.headers.get_all("content-length", [])
-    codings = response.headers.get_all("transfer-encoding", [])
-    return (lengths, codings) == ([], ["chunked"]) or (
-        not codings
-        and len(lengths) == 1
-        and re.fullmatch("[0-9]+", lengths[0]) is not None
-    )
+    lengths = answer.headers.get_all("content-length", [])
+    codings = answer.headers.get_all("transfer-encoding", [])
+    if answer.headers.defects or answer.status in (101, 204, 304):
+        return False
+    if codings:
+        return not lengths and codings == ["chunked"]
+    return len(lengths) == 1 and lengths[0].isdigit()
 
 
 def _read_answer(response: http.client.HTTPResponse) -> _Answer:
@@ -1287,29 +1329,24 @@ class _Transport:
         """
         url = prepared.url
         deadline = time.monotonic() + prepared.timeout
-        followed = 0
-        while True:
-            attempt = _Attempt(
-                url, prepared.body, prepared.headers, method=prepared.method
-            )
+        for _ in range(MAX_REDIRECTS + 1):
+            method, body, headers = prepared.method, prepared.body, prepared.headers
+            attempt = _Attempt(url, body, headers, method=method)
             attempt.prepared, attempt.cancellation = prepared, stop
             attempt.deadline = deadline
             answer = self._open(attempt)
-            location = answer.headers.get("location")
-            if not location or not 300 <= answer.status < 400:
+            moved = 300 <= answer.status < 400
+            location = answer.headers.get("location") if moved else None
+            if not location:
                 return answer
-            target = urllib.parse.quote(location, string.punctuation)
-            target = urllib.parse.urljoin(url, target).partition("#")[0]
+            target = _redirect_target(url, location)
+            answer = answer._replace(problem=f"redirect to {target} not followed")
             origin, _ = _read_server_url(target.partition("?")[0])
-            # a 303 would make a GET of it, another origin would be given the key
-            if (
-                answer.status not in (307, 308)
-                or followed == MAX_REDIRECTS
-                or origin != _read_server_url(prepared.url)[0]
-            ):
-                return answer._replace(problem=f"redirect to {target} not followed")
+            # another status may make a GET of it; the key stays in its origin
+            if answer.status not in (307, 308) or not url.startswith(f"{origin}/"):
+                break
             url = target
-            followed += 1
+        return answer
 
     def _open(self, attempt: _Attempt) -> _Answer:
         started, result = time.monotonic(), "no answer"
@@ -1322,11 +1359,18 @@ class _Transport:
         except Exception as error:
             raise _connection_error(error, attempt) from error
         finally:
-            seconds = time.monotonic() - started
-            url = attempt.prepared.mask(attempt.full_url)
-            _log.debug(
-                "%s %s: %s in %.3f s", attempt.get_method(), url, result, seconds
-            )
+            if _log.isEnabledFor(logging.DEBUG):
+                url = attempt.prepared.mask(attempt.full_url)
+                seconds = time.monotonic() - started
+                _log.debug("%s: %s in %.3f s", url, result, seconds)
+
+
+def _redirect_target(url: str, location: str) -> str:
+    try:
+        location = urllib.parse.quote(location, string.punctuation)
+        return urllib.parse.urljoin(url, location).partition("#")[0]
+    except ValueError:
+        return location
 
 
 def _connection_error(error: Exception, attempt: _Attempt) -> APIConnectionError:
@@ -1338,9 +1382,10 @@ def _connection_error(error: Exception, attempt: _Attempt) -> APIConnectionError
     text = mask(f"{attempt.get_method()} {attempt.full_url}: {outcome} {what}")
     failure = (APITimeoutError if late else APIConnectionError)(text)
     failure.sent, failure.temporary = attempt.sent, temporary
-    # tracebacks show the cause too, which may hold what the server wrote
-    error.args = tuple(mask(arg) if isinstance(arg, str) else arg for arg in error.args)
-    error.__context__ = None
+    # a traceback shows the cause too, where what the server wrote may be quoted
+    error.__cause__ = error.__context__ = None
+    if isinstance(error, (http.client.HTTPException, ValueError)):
+        error.args = (what,)
     return failure
 
 
@@ -1358,8 +1403,7 @@ def _explain(error: Exception, attempt: _Attempt) -> Tuple[str, bool]:
         advice = "set SSL_CERT_FILE to its certificate, or pass an ssl_context"
         return f"{what}; for a private authority, {advice}", False
     if isinstance(error, ValueError) and not attempt.sent:
-        error.args = ("what the environment names is not an HTTP proxy's URL",)
-        return str(error), False  # the text that was there may show its password
+        return "what the environment names is not the URL of an HTTP proxy", False
     if isinstance(error, http.client.RemoteDisconnected):
         return "the connection was closed without an answer", True
     if isinstance(error, (http.client.IncompleteRead, EOFError)):
@@ -1509,9 +1553,10 @@ class Responses:
         """Check what `create` would be given; return what it would send."""
         problems: Problems = []
         if isinstance(message, str):
-            message = A2AMessage("user", [TextPart(message)])
+            part = {"kind": "text", "text": message}
+            message = {"role": "user", "parts": [part]}
         body = CreateAgentResponseRequestBody(message, **rest)
-        content = _encode(type(body), body, "", problems)
+        content = _encode_object((type(body),), body, "", problems)
         if extra_body is not None:
             _add_extra(content, extra_body, problems)
         server = os.environ.get("ORQ_BASE_URL", "").strip() or DEFAULT_SERVER
@@ -1522,15 +1567,15 @@ class Responses:
             key() if callable(key) else key, http_headers, problems
         )
         timeout = _first(timeout_ms, self._timeout_ms, DEFAULT_TIMEOUT_MS)
-        timeout = _encode(float, timeout, "timeout_ms", problems)
+        timeout = _encode(_NUMBER, timeout, "timeout_ms", problems)
         if timeout is not None and not 0 < timeout <= MAX_TIMEOUT_MS:
             problems.append(("timeout_ms", f"must be above 0, up to {MAX_TIMEOUT_MS}"))
         config = self._retry_config if retries is UNSET else retries
-        if config is not None:
-            _encode(RetryConfig, config, "retries", problems)
+        if config is not None and config is not DEFAULT_RETRY:
+            _encode(_Kind(None, (RetryConfig,)), config, "retries", problems)
         if problems:
             raise ValidationError(problems)
-        data = json.dumps(content, separators=(",", ":")).encode("ascii")
+        data = _encode_json(content).encode("ascii")
         headers["Host"] = urllib.parse.urlsplit(url).netloc
         headers["Content-Length"] = str(len(data))
         return PreparedRequest("POST", url, headers, data, timeout / 1000, config)
@@ -1579,7 +1624,7 @@ def _first(*values: Any) -> Any:
 
 
 def _add_extra(content: Dict[str, Any], extra: Any, problems: Problems) -> None:
-    encoded = _encode(Mapping[str, Any], extra, "extra_body", problems)
+    encoded = _encode(_OBJECT, extra, "extra_body", problems)
     named = _json_fields(CreateAgentResponseRequestBody)
     for name, value in (encoded or {}).items():
         if name in named:
@@ -1688,14 +1733,14 @@ def _option_parser() -> "argparse.ArgumentParser":
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("agent_key", metavar="AGENT_KEY", nargs="?", help="the agent's key or id")
-    add("text", metavar="MESSAGE", nargs="?", help="'-' or none: standard input")
+    about = "the agent's key or id, and a text; '-' or none: standard input"
+    add("words", metavar="AGENT_KEY [MESSAGE]", nargs="*", help=about)
     many: Dict[str, Any] = {"action": "append", "default": []}
     add("--file", metavar="PATH|URL", help="attach it", **many)
     add("--tool-result", metavar="CALL_ID=JSON", help="answer a tool call", **many)
     for name, item in _json_fields(CreateAgentResponseRequestBody).items():
-        option, about = f"--{name.replace('_', '-')}", item.metadata["about"]
-        plain, models, _ = _read_annotation(item.type)
+        option, about = f"--{name.replace('_', '-')}", item.about
+        plain, models, _ = item.kind
         if plain is bool:
             add(option, action="store_true", help=about)
         elif plain is str:
@@ -1721,7 +1766,7 @@ def _option_parser() -> "argparse.ArgumentParser":
     return parser
 
 
-def _read_json(option: str, text: str) -> Any:
+def _json_option(option: str, text: str) -> Any:
     """JSON text, or what @FILE holds."""
     try:
         if text.startswith("@"):
@@ -1738,19 +1783,18 @@ def _read_json(option: str, text: str) -> Any:
 def _read_option(name: str, value: Any) -> Any:
     """What an option that stands for a field of the body says."""
     option = f"--{name.replace('_', '-')}"
-    item = _json_fields(CreateAgentResponseRequestBody)[name]
-    _, models, _ = _read_annotation(item.type)
+    models = _json_fields(CreateAgentResponseRequestBody)[name].kind.models
     if models and not re.match(r"\s*[@{[]", value):
         return {next(iter(_json_fields(models[0]))): value}  # a bare word is the id
     if models:
-        return _read_json(option, value)
+        return _json_option(option, value)
     if not isinstance(value, list):
         return value
     merged: Dict[str, Any] = {}
     for text in value:
         key, equals, content = text.partition("=")
         is_pair = equals and not re.match(r"\s*[@{[]", text)
-        pairs = {key: content} if is_pair else _read_json(option, text)
+        pairs = {key: content} if is_pair else _json_option(option, text)
         if not isinstance(pairs, dict):
             raise ValidationError([(option, "must be an object")])
         merged.update(pairs)
@@ -1764,16 +1808,9 @@ def _read_message(options: Any, fail: Callable[[str], "NoReturn"]) -> Any:
     if plain + bool(options.tool_result) + (options.message is not None) > 1:
         fail("--message, --tool-result, and MESSAGE with --file exclude each other")
     if options.message is not None:
-        return _read_json("--message", options.message)
-    results = [result.partition("=") for result in options.tool_result]
-    if not all(call_id and equals for call_id, equals, _ in results):
-        fail("--tool-result must be CALL_ID=JSON")
-    if results:
-        answers = [
-            ToolResultPart(call_id, _read_json(f"--tool-result {call_id}", result))
-            for call_id, _, result in results
-        ]
-        return A2AMessage("tool", answers)
+        return _json_option("--message", options.message)
+    if options.tool_result:
+        return A2AMessage("tool", [_tool_result(text) for text in options.tool_result])
     if text == "-" or not plain:
         text = _read_stdin(fail)
     parts: List[Any] = [TextPart(text)] if text and text.strip() else []
@@ -1786,6 +1823,15 @@ def _read_message(options: Any, fail: Callable[[str], "NoReturn"]) -> Any:
     if not parts:
         fail("the message is empty")
     return A2AMessage("user", parts)
+
+
+def _tool_result(text: str) -> ToolResultPart:
+    # an id may have a "=" in it, which no JSON begins with
+    match = re.match(r'(.+?)=\s*([@[{"0-9-]|true|false|null)', text, re.DOTALL)
+    if not match:
+        raise ValidationError([("--tool-result", f"{text!r} is not CALL_ID=JSON")])
+    call_id, result = match[1], text[match.start(2) :]
+    return ToolResultPart(call_id, _json_option("--tool-result", result))
 
 
 def _read_stdin(fail: Callable[[str], "NoReturn"]) -> str:
@@ -1818,11 +1864,11 @@ def _print_answer(answer: CreateAgentResponseResponseBody, options: Any) -> None
             text = json.dumps(answer.raw, indent=2)
     if text:
         _print(sys.stdout, text)
-    task = f"--task-id {shlex.quote(str(answer.task_id))}"
+    task = f"--task-id={shlex.quote(str(answer.task_id))}"
     for call in _items(answer.pending_tool_calls, PendingToolCalls):
         function = call.function if isinstance(call.function, Function) else Function()
         asked = " ".join(f"{function.name}({function.arguments})".split())
-        reply = f"{task} --tool-result {shlex.quote(f'{call.id}=JSON')}"
+        reply = f"{task} --tool-result={shlex.quote(f'{call.id}=JSON')}"
         _print(sys.stderr, f"orq_min: {asked} waits for its result: {reply}")
     if sys.stderr is not None and sys.stderr.isatty():
         _print(sys.stderr, f"orq_min: continue with {task}")
@@ -1843,7 +1889,7 @@ def _run_command(options: Any, fail: Callable[[str], "NoReturn"]) -> None:
         value = getattr(options, name)
         call[name] = None if value is None else _read_option(name, value)
     if options.extra_body is not None:
-        call["extra_body"] = _read_json("--extra-body", options.extra_body)
+        call["extra_body"] = _json_option("--extra-body", options.extra_body)
     if options.timeout is not None:
         call["timeout_ms"] = options.timeout * 1000
     if options.retry or options.no_retry:
@@ -1872,12 +1918,16 @@ def _run_command(options: Any, fail: Callable[[str], "NoReturn"]) -> None:
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the command line; return its exit status."""
     parser = _option_parser()
-    options = parser.parse_intermixed_args(argv)
-    if options.agent_key is None:
-        if not options.verbose:
-            parser.error("AGENT_KEY is missing")
+    given = list(sys.argv[1:] if argv is None else argv)
+    end = given.index("--") if "--" in given else len(given)
+    options = parser.parse_intermixed_args(given[:end])
+    words = options.words + given[end + 1 :]
+    if not words and options.verbose:
         _print(sys.stdout, f"orq_min {__version__}")
         return 0
+    if not 1 <= len(words) <= 2:
+        parser.error("AGENT_KEY and at most one MESSAGE are wanted")
+    options.agent_key, options.text = (*words, None)[:2]
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("orq_min: %(message)s"))
     _log.addHandler(handler)
@@ -1888,9 +1938,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except OrqError as error:
         _print(sys.stderr, f"orq_min: {error}")
         return {ValidationError: 2, APIError: 1}.get(type(error), 3)
-    except BrokenPipeError:  # `| head -1` has seen enough
+    except OSError as error:  # of standard output
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        if isinstance(error, BrokenPipeError):  # `| head -1` has seen enough
+            return 0
+        _print(sys.stderr, f"orq_min: cannot print the answer: {error.strerror}")
+        return 1
     except KeyboardInterrupt:
         return 130
     finally:
