@@ -50,7 +50,7 @@ import time
 import urllib.parse
 import urllib.request
 from collections import abc
-from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from dataclasses import Field, dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, NamedTuple
 from typing import Optional, Sequence, Tuple, Type, TypeVar, Union, cast
 
@@ -183,11 +183,14 @@ def _base64_problem(value: str) -> str:
     # translate, as a regular expression takes a second for a large file
     if value.encode("utf-8", "replace").translate(None, alphabet.encode()):
         return "must be base64 text (FilePart.from_path makes it of a file)"
-    return "" if value else "must not be empty"
+    return "" if value.strip() else "must not be empty"
 
 
 class _Declared:
-    """Base of the dataclasses: completes the docstring from the fields."""
+    """Base of the dataclasses: completes the docstring from the fields.
+
+    Its methods stand in for those that dataclass would compile at each import.
+    """
 
     def __init_subclass__(cls) -> None:
         lines = [cls.__doc__ or cls.__name__, ""]
@@ -195,6 +198,14 @@ class _Declared:
             if isinstance(value, Field) and value.metadata:
                 lines.append(f"    {name}: {value.metadata['about']}")
         cls.__doc__ = "\n".join(lines)
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and vars(self) == vars(other)
+
+    def __repr__(self) -> str:
+        shown = [item.name for item in fields(cast(Any, self)) if item.repr]
+        values = ", ".join(f"{name}={getattr(self, name)!r}" for name in shown)
+        return f"{type(self).__name__}({values})"
 
 
 class _Checked(_Declared):
@@ -207,7 +218,7 @@ class _Checked(_Declared):
             raise ValidationError(problems)
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class TextPart(_Checked):
     """Text."""
 
@@ -215,7 +226,7 @@ class TextPart(_Checked):
     kind: str = _kind("text")
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class BinaryFormat(_Checked):
     """The content of a file."""
 
@@ -224,7 +235,7 @@ class BinaryFormat(_Checked):
     name: Optional[str] = _optional("name of the file")
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class FileInURIFormat(_Checked):
     """Where a file is to be had."""
 
@@ -236,7 +247,7 @@ class FileInURIFormat(_Checked):
 FileContent = Union[BinaryFormat, FileInURIFormat, Mapping[str, Any]]
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class FilePart(_Checked):
     """A file. `from_path` and `from_uri` build one, with the MIME type guessed."""
 
@@ -272,7 +283,7 @@ def _guess_mime_type(name: str) -> Optional[str]:
     return mime_type
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class ToolResultPart(_Checked):
     """The result of a tool call that the agent waits for."""
 
@@ -285,7 +296,7 @@ class ToolResultPart(_Checked):
 InputPart = Union[TextPart, FilePart, ToolResultPart, Mapping[str, Any]]
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class A2AMessage(_Checked):
     """A message to the agent."""
 
@@ -294,7 +305,7 @@ class A2AMessage(_Checked):
     message_id: Optional[str] = _optional("a ULID", "messageId")
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Contact(_Checked):
     """On whose behalf the agent runs. The service makes one that it doesn't know."""
 
@@ -306,7 +317,7 @@ class Contact(_Checked):
     tags: Optional[Sequence[str]] = _optional("any texts")
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class CreateAgentResponseThread(_Checked):
     """What groups requests that belong together."""
 
@@ -314,7 +325,7 @@ class CreateAgentResponseThread(_Checked):
     tags: Optional[Sequence[str]] = _optional("any texts")
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Memory(_Checked):
     """Whose memories the agent uses."""
 
@@ -327,7 +338,7 @@ ThreadLike = Union[CreateAgentResponseThread, Mapping[str, Any]]
 MemoryLike = Union[Memory, Mapping[str, Any]]
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class CreateAgentResponseRequestBody(_Declared):
     """What a request carries."""
 
@@ -350,7 +361,7 @@ class CreateAgentResponseRequestBody(_Declared):
 # that is unknown here becomes an attribute of its own name.
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class DataPart(_Declared):
     """Structured data."""
 
@@ -359,7 +370,7 @@ class DataPart(_Declared):
     kind: str = _kind("data")
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class ToolCallPart(_Declared):
     """A tool call that the agent made."""
 
@@ -370,7 +381,7 @@ class ToolCallPart(_Declared):
     kind: str = _kind("tool_call")
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class ErrorPart(_Declared):
     """What went wrong in the run."""
 
@@ -385,7 +396,7 @@ else:
     OutputPart = Union[InputPart, DataPart, ToolCallPart, ErrorPart]
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Output(_Declared):
     """A message of the run."""
 
@@ -395,7 +406,7 @@ class Output(_Declared):
     metadata: Optional[Dict[str, Any]] = _optional("any values")
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class PromptTokensDetails(_Declared):
     """Kinds of tokens that went in."""
 
@@ -404,7 +415,7 @@ class PromptTokensDetails(_Declared):
     audio_tokens: Optional[int] = _optional("of sound")
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class CompletionTokensDetails(_Declared):
     """Kinds of tokens that came out."""
 
@@ -414,7 +425,7 @@ class CompletionTokensDetails(_Declared):
     audio_tokens: Optional[int] = _optional("of sound")
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class CreateAgentResponseUsage(_Declared):
     """Tokens that the run used."""
 
@@ -425,7 +436,7 @@ class CreateAgentResponseUsage(_Declared):
     completion_tokens_details: Optional[CompletionTokensDetails] = _optional("kinds")
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Function(_Declared):
     """What a tool call calls."""
 
@@ -433,7 +444,7 @@ class Function(_Declared):
     arguments: str = _optional("JSON text")
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class PendingToolCalls(_Declared):
     """A tool call that waits for a ToolResultPart with its id."""
 
@@ -442,7 +453,7 @@ class PendingToolCalls(_Declared):
     type: str = _optional("always 'function'")
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Telemetry(_Declared):
     """Where the run is found in the traces."""
 
@@ -450,7 +461,7 @@ class Telemetry(_Declared):
     span_id: str = _optional("the span in it")
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class CreateAgentResponseResponseBody(_Declared):
     """What the agent did: `text` is what it said, `raw` the whole decoded answer."""
 
@@ -463,7 +474,7 @@ class CreateAgentResponseResponseBody(_Declared):
     finish_reason: Optional[str] = _optional("'stop', 'function_call' or another")
     pending_tool_calls: Optional[List[PendingToolCalls]] = _optional("open tool calls")
     telemetry: Optional[Telemetry] = _optional("where the run is found in the traces")
-    raw: Dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    raw: Dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def text(self) -> str:
@@ -496,6 +507,7 @@ class _Kind(NamedTuple):
     plain: Any  # str, bool, float, list, dict, Any, or None for none of these
     models: Tuple[Any, ...] = ()  # dataclasses
     items: Any = None  # the kind of a list's items
+    optional: bool = False  # None will do
 
 
 _TEXT, _NUMBER, _OBJECT = _Kind(str), _Kind(float), _Kind(dict)
@@ -511,38 +523,20 @@ def _read_annotation(annotation: Any) -> _Kind:
     if is_dataclass(annotation):
         return _Kind(None, (annotation,))
     if not members:
-        return _Kind(annotation)
+        return _Kind(annotation, optional=annotation is Any)
     kinds = [_read_annotation(member) for member in members]
     models = tuple(model for kind in kinds for model in kind.models)
-    return _Kind(kinds[-1].plain, models, kinds[-1].items)
-
-
-class _JSONField(NamedTuple):
-    """A dataclass field that JSON has too."""
-
-    name: str
-    kind: _Kind
-    about: str
-    check: Optional[Callable[[Any], str]]
-    required: bool
-    is_list: bool
+    optional = type(None) in annotation.__args__
+    return _Kind(kinds[-1].plain, models, kinds[-1].items, optional)
 
 
 @functools.lru_cache(maxsize=256)
-def _json_fields(model: "Hashable") -> Dict[str, _JSONField]:
-    """The fields that JSON has too, by their names there."""
-    return {
-        item.metadata["json_name"] or item.name: _JSONField(
-            item.name,
-            _read_annotation(item.type),
-            item.metadata["about"],
-            item.metadata["check"],
-            item.default is MISSING and item.default_factory is MISSING,
-            getattr(item.type, "__origin__", None) is list,
-        )
-        for item in fields(cast(Any, model))
-        if item.metadata
-    }
+def _json_fields(model: "Hashable") -> "Dict[str, Tuple[Field[Any], _Kind]]":
+    """The fields that JSON has too and their kinds, by their names there."""
+    declared = [item for item in fields(cast(Any, model)) if item.metadata]
+    names = [item.metadata["json_name"] or item.name for item in declared]
+    kinds = [_read_annotation(item.type) for item in declared]
+    return dict(zip(names, zip(declared, kinds)))
 
 
 def _choose(models: Sequence[Any], given: Mapping[Any, Any]) -> Any:
@@ -550,7 +544,7 @@ def _choose(models: Sequence[Any], given: Mapping[Any, Any]) -> Any:
     if len(models) == 1:
         return models[0]
     for model in models:
-        name, item = next(iter(_json_fields(model).items()))
+        name, (item, _) = next(iter(_json_fields(model).items()))
         kind = getattr(model, "kind", None)
         if given.get("kind") == kind if kind else name in given or item.name in given:
             return model
@@ -558,9 +552,12 @@ def _choose(models: Sequence[Any], given: Mapping[Any, Any]) -> Any:
 
 
 def _at(path: str, key: Any) -> str:
-    if not isinstance(key, str) or not key.isidentifier():
+    if isinstance(key, str) and key.isidentifier():
+        return f"{path}.{key}" if path else key
+    try:
         return f"{path}[{key!r}]"
-    return f"{path}.{key}" if path else key
+    except ValueError:  # an integer of more digits than Python writes
+        return f"{path}[...]"
 
 
 def _type_name(value: Any) -> str:
@@ -580,7 +577,7 @@ def _is_number(value: Any) -> bool:
 
 def _encode(kind: _Kind, value: Any, path: str, problems: Problems) -> Any:
     """The JSON form of what a field holds; what is wrong with it joins `problems`."""
-    plain, models, items = kind
+    plain, models, items, _ = kind
     is_object = plain is dict and isinstance(value, abc.Mapping)
     if isinstance(value, models) or (models and is_object):
         return _encode_object(models, value, path, problems)
@@ -611,17 +608,18 @@ def _encode_object(
     if model is None:
         problems.append(_no_model(models, given, path))
         return encoded
-    for json_name, item in _json_fields(model).items():
+    for json_name, (item, kind) in _json_fields(model).items():
         name = json_name if json_name in given else item.name
         content = given.pop(name, None)
         if name != item.name and given.pop(item.name, None) is not None:
             problems.append((_at(path, name), f"given as {item.name!r} too"))
         if content is not None:
             found: Problems = []
-            encoded[json_name] = _encode(item.kind, content, _at(path, name), found)
-            wrong = item.check(content) if item.check and not found else ""
+            encoded[json_name] = _encode(kind, content, _at(path, name), found)
+            check = item.metadata["check"]
+            wrong = check(content) if check and not found else ""
             problems += [(_at(path, name), wrong)] if wrong else found
-        elif item.required:
+        elif not kind.optional:
             name = name if is_model else json_name
             problems.append((_at(path, name), "required"))
     if not is_model:
@@ -644,7 +642,8 @@ def _no_model(
 def _unknown(name: Any, known: Sequence[str]) -> str:
     import difflib
 
-    close = difflib.get_close_matches(str(name)[:80], known, 1)
+    name = name[:80] if isinstance(name, str) else ""
+    close = difflib.get_close_matches(name, known, 1)
     return "unknown field" + (f" (did you mean {close[0]!r}?)" if close else "")
 
 
@@ -694,8 +693,9 @@ def _encode_container(
     for key, item in value.items():
         name = key.value if isinstance(key, enum.Enum) else key
         where = _at(path, name)
-        if isinstance(name, bool) or not isinstance(name, (str, int)):
-            problems.append((where, "a name must be text or an integer"))
+        huge = isinstance(name, int) and name.bit_length() > MAX_INTEGER_BITS
+        if huge or isinstance(name, bool) or not isinstance(name, (str, int)):
+            problems.append((where, f"{_type_name(name)} as a name has no JSON form"))
         elif str(name) in encoded:
             problems.append((where, "given twice"))
         else:
@@ -716,12 +716,13 @@ def _decode(kind: _Kind, value: Any) -> Any:
 def _decode_object(model: Any, given: Mapping[str, Any]) -> Any:
     decoded = model.__new__(model)  # not built: a request part would be checked
     rest = dict(given)
-    for json_name, item in _json_fields(model).items():
+    for json_name, (item, kind) in _json_fields(model).items():
         value = rest.pop(json_name, None)
-        if value is None and item.is_list:
-            value = []  # `output` and `parts`, which programs loop over
-        is_plain = not isinstance(value, (list, dict))
-        vars(decoded)[item.name] = value if is_plain else _decode(item.kind, value)
+        if isinstance(value, (list, dict)):
+            value = _decode(kind, value)
+        elif value is None and json_name in ("output", "parts"):
+            value = []  # programs loop over it
+        vars(decoded)[item.name] = value
     for name, value in rest.items():
         if not name.startswith("_") and not hasattr(model, name):
             vars(decoded)[name] = value
@@ -781,7 +782,7 @@ def _no_statuses(values: Sequence[str]) -> str:
     return f"{wrong[0]!r} is no status such as '429' or '5XX'" if wrong else ""
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class BackoffStrategy(_Checked):
     """How long to wait between attempts, in milliseconds.
 
@@ -795,7 +796,7 @@ class BackoffStrategy(_Checked):
     jitter_ms: Optional[float] = _optional("most to add at random", "", _negative)
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class RetryConfig(_Checked):
     """What to try again, and when. None in its place tries once.
 
@@ -861,10 +862,8 @@ def _asked_wait(headers: http.client.HTTPMessage) -> Optional[float]:
     after = headers.get("retry-after", "")
     waits: List[float] = []
     for text, unit in ((headers.get("retry-after-ms", ""), 1000), (after, 1)):
-        try:
+        if re.fullmatch(r"\s*[0-9]+(\.[0-9]+)?\s*", text):
             waits.append(float(text) / unit)
-        except ValueError:
-            pass
     try:  # a date is in GMT, said or not (RFC 9110, section 5.6.7)
         date = email.utils.parsedate_to_datetime(after).replace(tzinfo=None)
         zero = datetime.datetime(1970, 1, 1)
@@ -884,20 +883,20 @@ def _asked_wait(headers: http.client.HTTPMessage) -> Optional[float]:
 # redirect points. http.client reads the answer. The connection is ours.
 
 
-_SERVER_URL = re.compile(
-    r"(https?)://(\[[0-9a-f:.]+\]|[^][\s/?#@\\:%\x00-\x1f\x7f]+)(?::([0-9]{1,5}))?"
-    r"(/[^\s?#\\\x00-\x1f\x7f]*)?",
-    re.IGNORECASE,
+_SERVER_URL = (
+    r"(?i)(https?)://(\[[0-9a-f:.]+\]|[^][/?#@:]+)(?::([0-9]{1,5}))?"
+    r"(/[^\s?#\\\x00-\x1f\x7f]*)?"
 )
+_HOST = r"\[.*\]|[0-9a-z._~-]+"  # of the above, after its conversion to ASCII
 _OWN_HEADERS = ("host", "content-length", "transfer-encoding", "connection")
-_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, section 5.6.2
-_UNSENDABLE = re.compile(r"[\x00-\x1f\x7f-\x9f]|[^\x00-\xff]")
+_HEADER_NAME = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110, section 5.6.2
+_UNSENDABLE = r"[\x00-\x1f\x7f-\x9f]|[^\x00-\xff]"
 
 
 @functools.lru_cache(maxsize=16)
 def _read_server_url(url: str) -> Tuple[str, str]:
     """(origin, path), both ASCII; two empty texts if it is no server's URL."""
-    match = _SERVER_URL.fullmatch(url.strip())
+    match = re.fullmatch(_SERVER_URL, url.strip())
     if not match or not 0 < int(match[3] or 80) < 2**16:
         return "", ""
     scheme, host, port, path = match.groups("")
@@ -908,6 +907,8 @@ def _read_server_url(url: str) -> Tuple[str, str]:
         if host[0] == "[":
             socket.inet_pton(socket.AF_INET6, host[1:-1])
     except (UnicodeError, OSError):
+        return "", ""
+    if not re.fullmatch(_HOST, host):
         return "", ""
     if port and int(port) != {"http": 80, "https": 443}[scheme]:
         host += f":{int(port)}"
@@ -934,9 +935,9 @@ def _request_headers(api_key: Any, given: Any, problems: Problems) -> Dict[str, 
     """Our headers, with the caller's added or in their place."""
     unsendable = "must not have control characters or text outside latin-1"
     key = api_key.strip() if isinstance(api_key, str) else ""
-    if not key:
+    if key.lower() in ("", "bearer"):
         problems.append(("api_key", "required (or set ORQ_API_KEY)"))
-    elif _UNSENDABLE.search(key):
+    elif re.search(_UNSENDABLE, key):
         problems.append(("api_key", unsendable))
     headers = {
         "Authorization": key if key[:7].lower() == "bearer " else f"Bearer {key}",
@@ -951,13 +952,13 @@ def _request_headers(api_key: Any, given: Any, problems: Problems) -> Dict[str, 
     seen = set(_OWN_HEADERS)
     for name, value in (given or {}).items():
         wrong = ""
-        if not isinstance(name, str) or not _HEADER_NAME.fullmatch(name):
+        if not isinstance(name, str) or not re.fullmatch(_HEADER_NAME, name):
             wrong = "is not a header's name"
         elif name.lower() in seen:
             wrong = "is set by the client, or given twice"
         elif not isinstance(value, str):
             wrong = f"must be text, not {_type_name(value)}"
-        elif _UNSENDABLE.search(value.strip()):
+        elif re.search(_UNSENDABLE, value.strip()):
             wrong = unsendable
         else:
             seen.add(name.lower())
@@ -966,7 +967,7 @@ def _request_headers(api_key: Any, given: Any, problems: Problems) -> Dict[str, 
     return headers
 
 
-@dataclass
+@dataclass(eq=False)
 class PreparedRequest:
     """A request that was checked and can be sent. Its repr holds no secret."""
 
@@ -1109,7 +1110,6 @@ class _Connection(io.RawIOBase):
         return self.reader
 
     def close(self) -> None:
-        super().close()
         self.sock.close()
 
     def send(self, data: bytes, attempt: _Attempt) -> None:
@@ -1183,10 +1183,12 @@ class _Connection(io.RawIOBase):
         odd = broken or answer.problem or self.reader.peek(1) or pending()
         return answer, not (odd or response.will_close) and _is_framed(answer)
 
+    def is_fresh(self) -> bool:
+        return time.monotonic() - self.idle_since < IDLE_SECONDS
+
     def is_usable(self, peer: Tuple[Any, ...]) -> bool:
-        """Whether it is idle, fresh and quiet, and of this process and peer."""
-        fresh = time.monotonic() - self.idle_since < IDLE_SECONDS
-        if not fresh or self.peer != (os.getpid(), *peer):
+        """Whether it is fresh and quiet, and of this process and peer."""
+        if not self.is_fresh() or self.peer != (os.getpid(), *peer):
             return False
         self.sock.settimeout(0)
         try:  # past SSLSocket.recv, which cannot peek
@@ -1238,6 +1240,8 @@ class _ConnectionHandler(urllib.request.BaseHandler):
         self._closed = False
 
     def http_open(self, attempt: _Attempt) -> _Answer:
+        if attempt.type not in ("http", "https"):
+            raise ValueError("a proxy of another kind")
         credentials = attempt.get_header("Proxy-authorization", "")
         if attempt.tunnel():  # they are for the proxy alone
             attempt.remove_header("Proxy-authorization")
@@ -1262,16 +1266,20 @@ class _ConnectionHandler(urllib.request.BaseHandler):
     https_open = http_open
 
     def _take(self, peer: Tuple[Any, ...]) -> Optional[_Connection]:
-        """The kept connection to this peer that was used last."""
+        """The usable connection that was used last; those that are too old go."""
+        chosen: Optional[_Connection] = None
         for connection in self._idle[::-1]:
+            if chosen and connection.is_fresh():
+                continue
             try:
                 self._idle.remove(connection)
             except ValueError:
                 continue  # another thread took it
-            if connection.is_usable(peer):
-                return connection
-            connection.close()
-        return None
+            if not chosen and connection.is_usable(peer):
+                chosen = connection
+            else:
+                connection.close()
+        return chosen
 
     def close(self) -> None:
         """Close what is idle; what is in use is closed when its answer has come."""
@@ -1351,11 +1359,9 @@ class _Transport:
     def _open(self, attempt: _Attempt) -> _Answer:
         started, result = time.monotonic(), "no answer"
         try:
-            answer = self._opener.open(attempt)
-            if answer is None:
-                raise ValueError("no handler for this kind of proxy")
+            answer = cast(_Answer, self._opener.open(attempt))
             result = str(answer.status)
-            return cast(_Answer, answer)
+            return answer
         except Exception as error:
             raise _connection_error(error, attempt) from error
         finally:
@@ -1378,6 +1384,8 @@ def _connection_error(error: Exception, attempt: _Attempt) -> APIConnectionError
     mask = attempt.prepared.mask
     late = isinstance(error, (socket.timeout, TimeoutError))
     what, temporary = _explain(error, attempt)
+    if attempt.host != urllib.parse.urlsplit(attempt.full_url).netloc:
+        what += f" (proxy {attempt.host})"
     outcome = "the agent may have run, but" if attempt.sent else "not sent:"
     text = mask(f"{attempt.get_method()} {attempt.full_url}: {outcome} {what}")
     failure = (APITimeoutError if late else APIConnectionError)(text)
@@ -1394,7 +1402,7 @@ def _explain(error: Exception, attempt: _Attempt) -> Tuple[str, bool]:
     if isinstance(error, socket.timeout):
         return f"no complete answer within {attempt.prepared.timeout:g} s", True
     if isinstance(error, _ProxyRefusal):
-        return f"the proxy {attempt.host} refused a tunnel with {error}", False
+        return f"a tunnel was refused with {error}", False
     if isinstance(error, socket.gaierror):
         what = f"no address found for {attempt.host} ({error.strerror})"
         return what, error.errno == socket.EAI_AGAIN
@@ -1420,17 +1428,22 @@ def _explain(error: Exception, attempt: _Attempt) -> Tuple[str, bool]:
 APIKey = Union[str, Callable[[], Optional[str]], None]
 
 
+def _one_line(text: str) -> str:
+    """A server's words, made safe for a terminal and a log."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
 def _api_error(prepared: PreparedRequest, answer: _Answer, text: str) -> APIError:
     data = _decode_json(text)
     words = prepared.mask(_server_words(data))
     quoted = words or prepared.mask(text)
-    shown = "".join(c if c.isprintable() else " " for c in quoted[:QUOTED_CHARACTERS])
+    shown = _one_line(quoted[:QUOTED_CHARACTERS])
     if len(quoted) > QUOTED_CHARACTERS:
         shown += f"... ({len(quoted)} characters)"
     phrase = http.client.responses.get(answer.status, "")
     problem = "" if answer.status != 200 else "the answer is not a JSON object"
     about = f"{prepared.method} {prepared.url}: {answer.status} {phrase}".rstrip()
-    what = (about, answer.problem or problem, " ".join(shown.split()))
+    what = (about, answer.problem or problem, shown)
     error = APIError(prepared.mask(": ".join(filter(None, what))))
     error.status_code, error.headers = answer.status, answer.headers
     error.body, error.data, error.message = text, data, words or phrase
@@ -1660,13 +1673,9 @@ class Orq:
         ssl_context: "Optional[ssl.SSLContext]" = None,
     ) -> None:
         self._transport = _Transport(ssl_context)
-        self._server_url = server_url
         self.agents = Agents(
             Responses(self._transport, api_key, server_url, timeout_ms, retry_config)
         )
-
-    def __repr__(self) -> str:
-        return f"Orq(server_url={self._server_url!r})"
 
     def close(self) -> None:
         """Close the idle connections. A later call makes one for itself alone."""
@@ -1721,7 +1730,8 @@ def _option_parser() -> "argparse.ArgumentParser":
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> "NoReturn":
-            self.exit(2, f"orq_min: {message} (--help says more)\n")
+            _print(sys.stderr, f"orq_min: {message} (--help says more)")
+            sys.exit(2)
 
     parser = Parser(
         "orq_min.py",
@@ -1738,9 +1748,9 @@ def _option_parser() -> "argparse.ArgumentParser":
     many: Dict[str, Any] = {"action": "append", "default": []}
     add("--file", metavar="PATH|URL", help="attach it", **many)
     add("--tool-result", metavar="CALL_ID=JSON", help="answer a tool call", **many)
-    for name, item in _json_fields(CreateAgentResponseRequestBody).items():
-        option, about = f"--{name.replace('_', '-')}", item.about
-        plain, models, _ = item.kind
+    for name, (item, kind) in _json_fields(CreateAgentResponseRequestBody).items():
+        option, about = f"--{name.replace('_', '-')}", item.metadata["about"]
+        plain, models, _, _ = kind
         if plain is bool:
             add(option, action="store_true", help=about)
         elif plain is str:
@@ -1783,7 +1793,7 @@ def _json_option(option: str, text: str) -> Any:
 def _read_option(name: str, value: Any) -> Any:
     """What an option that stands for a field of the body says."""
     option = f"--{name.replace('_', '-')}"
-    models = _json_fields(CreateAgentResponseRequestBody)[name].kind.models
+    models = _json_fields(CreateAgentResponseRequestBody)[name][1].models
     if models and not re.match(r"\s*[@{[]", value):
         return {next(iter(_json_fields(models[0]))): value}  # a bare word is the id
     if models:
@@ -1797,12 +1807,15 @@ def _read_option(name: str, value: Any) -> Any:
         pairs = {key: content} if is_pair else _json_option(option, text)
         if not isinstance(pairs, dict):
             raise ValidationError([(option, "must be an object")])
+        for key in merged.keys() & pairs.keys():
+            raise ValidationError([(option, f"{key!r} is given twice")])
         merged.update(pairs)
     return merged if value else None
 
 
-def _read_message(options: Any, fail: Callable[[str], "NoReturn"]) -> Any:
+def _read_message(options: Any) -> Any:
     """What MESSAGE, --message, --file, --tool-result and standard input say."""
+    fail = options.fail
     text = options.text
     plain = text is not None or bool(options.file)
     if plain + bool(options.tool_result) + (options.message is not None) > 1:
@@ -1864,14 +1877,16 @@ def _print_answer(answer: CreateAgentResponseResponseBody, options: Any) -> None
             text = json.dumps(answer.raw, indent=2)
     if text:
         _print(sys.stdout, text)
-    task = f"--task-id={shlex.quote(str(answer.task_id))}"
+    task_id = answer.task_id if isinstance(answer.task_id, str) else ""
+    task = f"--task-id={shlex.quote(task_id)}" if task_id else ""
     for call in _items(answer.pending_tool_calls, PendingToolCalls):
         function = call.function if isinstance(call.function, Function) else Function()
-        asked = " ".join(f"{function.name}({function.arguments})".split())
         reply = f"{task} --tool-result={shlex.quote(f'{call.id}=JSON')}"
-        _print(sys.stderr, f"orq_min: {asked} waits for its result: {reply}")
-    if sys.stderr is not None and sys.stderr.isatty():
-        _print(sys.stderr, f"orq_min: continue with {task}")
+        line = f"{function.name}({function.arguments}) waits for its result: {reply}"
+        if isinstance(call.id, str):
+            _print(sys.stderr, _one_line(f"orq_min: {line}"))
+    if task and sys.stderr is not None and sys.stderr.isatty():
+        _print(sys.stderr, _one_line(f"orq_min: continue with {task}"))
 
 
 def _tick(done: threading.Event) -> None:
@@ -1883,8 +1898,31 @@ def _tick(done: threading.Event) -> None:
     sys.stderr.write("\r")
 
 
-def _run_command(options: Any, fail: Callable[[str], "NoReturn"]) -> None:
-    call = {"agent_key": options.agent_key, "message": _read_message(options, fail)}
+def _recode(word: str) -> str:
+    """UTF-8 text that Python took for another encoding, as in an ASCII locale."""
+    if re.search("[\udc80-\udcff]", word):
+        return os.fsencode(word).decode("utf-8", "surrogateescape")
+    return word
+
+
+def _parse(argv: List[str]) -> Any:
+    parser = _option_parser()
+    end = argv.index("--") if "--" in argv else len(argv)  # what follows is text
+    options = parser.parse_intermixed_args(argv[:end])
+    words = [_recode(word) for word in options.words + argv[end + 1 :]]
+    if len(words) > 2 or not (words or options.verbose):
+        parser.error("AGENT_KEY and at most one MESSAGE are wanted")
+    options.agent_key, options.text = (*words, None, None)[:2]
+    options.fail = parser.error
+    return options
+
+
+def _run_command(argv: List[str]) -> None:
+    options = _parse(argv)
+    _log.setLevel(logging.DEBUG if options.verbose else logging.INFO)
+    if options.agent_key is None:
+        return _print(sys.stdout, f"orq_min {__version__}")
+    call = {"agent_key": options.agent_key, "message": _read_message(options)}
     for name in list(_json_fields(CreateAgentResponseRequestBody))[1:]:
         value = getattr(options, name)
         call[name] = None if value is None else _read_option(name, value)
@@ -1917,29 +1955,17 @@ def _run_command(options: Any, fail: Callable[[str], "NoReturn"]) -> None:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the command line; return its exit status."""
-    parser = _option_parser()
-    given = list(sys.argv[1:] if argv is None else argv)
-    end = given.index("--") if "--" in given else len(given)
-    options = parser.parse_intermixed_args(given[:end])
-    words = options.words + given[end + 1 :]
-    if not words and options.verbose:
-        _print(sys.stdout, f"orq_min {__version__}")
-        return 0
-    if not 1 <= len(words) <= 2:
-        parser.error("AGENT_KEY and at most one MESSAGE are wanted")
-    options.agent_key, options.text = (*words, None)[:2]
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("orq_min: %(message)s"))
     _log.addHandler(handler)
-    _log.setLevel(logging.DEBUG if options.verbose else logging.INFO)
     try:
-        _run_command(options, parser.error)
+        _run_command(list(sys.argv[1:] if argv is None else argv))
         return 0
     except OrqError as error:
         _print(sys.stderr, f"orq_min: {error}")
         return {ValidationError: 2, APIError: 1}.get(type(error), 3)
-    except OSError as error:  # of standard output
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # of a stream: what it holds back must not fail again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         if isinstance(error, BrokenPipeError):  # `| head -1` has seen enough
             return 0
         _print(sys.stderr, f"orq_min: cannot print the answer: {error.strerror}")
