@@ -982,8 +982,9 @@ class PreparedRequest:
         """The text without the key, however it may be escaped there."""
         scheme, _, key = self.headers["Authorization"].partition(" ")
         key = key or scheme
-        for form in (key, json.dumps(key)[1:-1], urllib.parse.quote(key, safe="")):
-            text = text.replace(form, "***")
+        text = text.replace(key, "***").replace(json.dumps(key)[1:-1], "***")
+        for safe in ("", string.punctuation):
+            text = text.replace(urllib.parse.quote(key, safe), "***")
         return text
 
 
@@ -992,7 +993,7 @@ class _Answer(NamedTuple):
 
     status: int
     headers: http.client.HTTPMessage
-    body: bytes
+    body: bytearray
     problem: str = ""
 
 
@@ -1183,13 +1184,8 @@ class _Connection(io.RawIOBase):
         odd = broken or answer.problem or self.reader.peek(1) or pending()
         return answer, not (odd or response.will_close) and _is_framed(answer)
 
-    def is_fresh(self) -> bool:
-        return time.monotonic() - self.idle_since < IDLE_SECONDS
-
-    def is_usable(self, peer: Tuple[Any, ...]) -> bool:
-        """Whether it is fresh and quiet, and of this process and peer."""
-        if not self.is_fresh() or self.peer != (os.getpid(), *peer):
-            return False
+    def is_quiet(self) -> bool:
+        """Whether the peer has neither closed it nor sent anything unasked."""
         self.sock.settimeout(0)
         try:  # past SSLSocket.recv, which cannot peek
             socket.socket.recv(self.sock, 1, socket.MSG_PEEK)
@@ -1197,7 +1193,7 @@ class _Connection(io.RawIOBase):
             return True
         except OSError:
             pass
-        return False  # it was closed, or something came unasked
+        return False
 
 
 def _is_framed(answer: _Answer) -> bool:
@@ -1220,13 +1216,13 @@ def _read_answer(response: http.client.HTTPResponse) -> _Answer:
 
         source = gzip.GzipFile(fileobj=source)
     for block in iter(lambda: source.read(BLOCK_BYTES), b""):
-        body += block
-        if len(body) > MAX_ANSWER_BYTES:
+        if len(body) + len(block) > MAX_ANSWER_BYTES:
             problem = f"the answer is larger than {MAX_ANSWER_BYTES} bytes"
-            return _Answer(response.status, response.headers, b"", problem)
+            return _Answer(response.status, response.headers, bytearray(), problem)
+        body += block
     if response.length:  # read(amount) does not tell
         raise http.client.IncompleteRead(b"", response.length)
-    return _Answer(response.status, response.headers, bytes(body))
+    return _Answer(response.status, response.headers, body)
 
 
 class _ConnectionHandler(urllib.request.BaseHandler):
@@ -1234,8 +1230,9 @@ class _ConnectionHandler(urllib.request.BaseHandler):
 
     def __init__(self, context: "Optional[ssl.SSLContext]") -> None:
         self._context = context
-        self._context_lock = threading.Lock()
-        # append, pop and remove are atomic: a lock could be left locked by a fork
+        # A fork may leave a lock locked for ever. So there is one for each process,
+        # and none for the list, whose append, pop and remove are atomic.
+        self._context_locks: Dict[int, threading.Lock] = {}
         self._idle: List[_Connection] = []
         self._closed = False
 
@@ -1251,6 +1248,9 @@ class _ConnectionHandler(urllib.request.BaseHandler):
             attempt.cancellation.watch(connection.sock)
             answer, clean = connection.exchange(attempt)
             attempt.cancellation.watch(None)
+            if answer.status == 407:  # no server's, but the proxy's
+                attempt.sent = False
+                raise _ProxyRefusal("407 Proxy Authentication Required")
         except BaseException:
             connection.close()
             raise
@@ -1269,13 +1269,15 @@ class _ConnectionHandler(urllib.request.BaseHandler):
         """The usable connection that was used last; those that are too old go."""
         chosen: Optional[_Connection] = None
         for connection in self._idle[::-1]:
-            if chosen and connection.is_fresh():
+            fresh = time.monotonic() - connection.idle_since < IDLE_SECONDS
+            wanted = not chosen and connection.peer == (os.getpid(), *peer)
+            if fresh and not wanted:
                 continue
             try:
                 self._idle.remove(connection)
             except ValueError:
                 continue  # another thread took it
-            if not chosen and connection.is_usable(peer):
+            if fresh and connection.is_quiet():
                 chosen = connection
             else:
                 connection.close()
@@ -1291,7 +1293,7 @@ class _ConnectionHandler(urllib.request.BaseHandler):
                 break  # another thread took the last one
 
     def _tls_context(self) -> "ssl.SSLContext":
-        with self._context_lock:
+        with self._context_locks.setdefault(os.getpid(), threading.Lock()):
             if self._context is None:
                 import ssl
 
@@ -1418,7 +1420,8 @@ def _explain(error: Exception, attempt: _Attempt) -> Tuple[str, bool]:
         return "the answer broke off", True
     if isinstance(error, (http.client.HTTPException, ValueError)):
         return f"what came is not HTTP ({type(error).__name__})", True
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__, True
+    what = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return what, attempt.sent or isinstance(error, OSError)
 
 
 # ----------------------------------------------------------------------------
@@ -1672,6 +1675,8 @@ class Orq:
         retry_config: Optional[RetryConfig] = DEFAULT_RETRY,
         ssl_context: "Optional[ssl.SSLContext]" = None,
     ) -> None:
+        if ssl_context is not None and not hasattr(ssl_context, "wrap_socket"):
+            raise ValidationError([("ssl_context", "must be an ssl.SSLContext")])
         self._transport = _Transport(ssl_context)
         self.agents = Agents(
             Responses(self._transport, api_key, server_url, timeout_ms, retry_config)
