@@ -76,7 +76,7 @@ MAX_NESTING = 200  # levels of a free-form value; json gives up near 1000
 MAX_INTEGER_BITS = 2_000  # Python may refuse to write more than 640 digits
 IDLE_SECONDS = 4.0  # many servers close an idle connection after 5
 KEEPALIVE_SECONDS = 60  # a NAT forgets a silent connection after some minutes
-BLOCK_BYTES = 256 * 2**10  # read or sent at once
+BLOCK_BYTES = 64 * 2**10  # read or sent at once
 QUOTED_CHARACTERS = 500  # of a server's words in the text of an error
 
 T = TypeVar("T")
@@ -544,10 +544,13 @@ def _choose(models: Sequence[Any], given: Mapping[Any, Any]) -> Any:
     if len(models) == 1:
         return models[0]
     for model in models:
-        name, (item, _) = next(iter(_json_fields(model).items()))
-        kind = getattr(model, "kind", None)
-        if given.get("kind") == kind if kind else name in given or item.name in given:
-            return model
+        if hasattr(model, "kind"):
+            if given.get("kind") == model.kind:
+                return model
+        else:
+            json_name, (item, _) = next(iter(_json_fields(model).items()))
+            if json_name in given or item.name in given:
+                return model
     return None
 
 
@@ -611,17 +614,20 @@ def _encode_object(
     for json_name, (item, kind) in _json_fields(model).items():
         name = json_name if json_name in given else item.name
         content = given.pop(name, None)
+        if content is None and kind.optional:
+            continue
+        where = f"{path}.{name}" if path else name
         if name != item.name and given.pop(item.name, None) is not None:
-            problems.append((_at(path, name), f"given as {item.name!r} too"))
-        if content is not None:
-            found: Problems = []
-            encoded[json_name] = _encode(kind, content, _at(path, name), found)
-            check = item.metadata["check"]
-            wrong = check(content) if check and not found else ""
-            problems += [(_at(path, name), wrong)] if wrong else found
-        elif not kind.optional:
-            name = name if is_model else json_name
-            problems.append((_at(path, name), "required"))
+            problems.append((where, f"given as {item.name!r} too"))
+        if content is None:
+            where = where if is_model else _at(path, json_name)
+            problems.append((where, "required"))
+            continue
+        found: Problems = []
+        encoded[json_name] = _encode(kind, content, where, found)
+        check = item.metadata["check"]
+        wrong = check(content) if check and not found else ""
+        problems += [(where, wrong)] if wrong else found
     if not is_model:
         known = list(_json_fields(model))
         problems += [(_at(path, name), _unknown(name, known)) for name in given]
@@ -715,17 +721,17 @@ def _decode(kind: _Kind, value: Any) -> Any:
 
 def _decode_object(model: Any, given: Mapping[str, Any]) -> Any:
     decoded = model.__new__(model)  # not built: a request part would be checked
-    rest = dict(given)
+    attributes, rest = vars(decoded), dict(given)
     for json_name, (item, kind) in _json_fields(model).items():
         value = rest.pop(json_name, None)
         if isinstance(value, (list, dict)):
             value = _decode(kind, value)
         elif value is None and json_name in ("output", "parts"):
             value = []  # programs loop over it
-        vars(decoded)[item.name] = value
+        attributes[item.name] = value
     for name, value in rest.items():
         if not name.startswith("_") and not hasattr(model, name):
-            vars(decoded)[name] = value
+            attributes[name] = value
     return decoded
 
 
@@ -1101,7 +1107,7 @@ class _Connection(io.RawIOBase):
     def readinto(self, buffer: Any) -> Optional[int]:
         if self.attempt is None:
             return None
-        self.sock.settimeout(self.attempt.time_left())
+        self.limit(self.attempt)
         received = self.sock.recv_into(buffer)
         self.ended = not received
         return received
@@ -1113,11 +1119,20 @@ class _Connection(io.RawIOBase):
     def close(self) -> None:
         self.sock.close()
 
+    def limit(self, attempt: _Attempt) -> None:
+        """Have the next operation end at the deadline, or half a second later.
+
+        So a short call need not set the timeout anew for each: a system call.
+        """
+        left = attempt.time_left()
+        if not left <= (self.sock.gettimeout() or 0) <= left + 0.5:
+            self.sock.settimeout(left)
+
     def send(self, data: bytes, attempt: _Attempt) -> None:
         # not sendall: over TLS it would grant the timeout to each piece anew
         view = memoryview(data)
         while view:
-            self.sock.settimeout(attempt.time_left())
+            self.limit(attempt)
             view = view[self.sock.send(view[:BLOCK_BYTES]) :]
 
     def open_tunnel(self, server: str, credentials: str, attempt: _Attempt) -> None:
@@ -1592,7 +1607,7 @@ class Responses:
         if problems:
             raise ValidationError(problems)
         data = _encode_json(content).encode("ascii")
-        headers["Host"] = urllib.parse.urlsplit(url).netloc
+        headers["Host"] = url.split("/", 3)[2]
         headers["Content-Length"] = str(len(data))
         return PreparedRequest("POST", url, headers, data, timeout / 1000, config)
 
