@@ -569,6 +569,418 @@ class LoopbackTest(unittest.TestCase):
 
 
 # ----------------------------------------------------------------------------
+# Helpers of the tests of the network
+# ----------------------------------------------------------------------------
+
+# An authority of our own, a leaf for localhost, 127.0.0.1 and ::1, and one for
+# another host; both leaves have the same key. They are good for nothing else.
+AUTHORITY = """\
+-----BEGIN CERTIFICATE-----
+MIIBYjCCAQmgAwIBAgIBATAKBggqhkjOPQQDAjAYMRYwFAYDVQQDDA1vcnFfbWlu
+IHRlc3RzMCAXDTIwMDEwMTAwMDAwMFoYDzIxMjAwMTAxMDAwMDAwWjAYMRYwFAYD
+VQQDDA1vcnFfbWluIHRlc3RzMFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAEqPWm
+3MdCluhhr6TzEVvEHIu6Rj6PL9UUc7Ke6XYvXp8UXoD+K6fYEqZQWIiP94lTpCfG
+ZJ5h5xBUC7dfGR54WaNCMEAwDwYDVR0TAQH/BAUwAwEB/zAOBgNVHQ8BAf8EBAMC
+AQYwHQYDVR0OBBYEFJqroGArAAHpWqdt6ztK0RiIjuixMAoGCCqGSM49BAMCA0cA
+MEQCIFr+Tf7VdAaZSrN49js1TFSg31Kuc6jvfZ3JtB7JAigyAiB+dr5K3EH/ZZqH
+N+dibyDdOHCXAZF7giNYXoWxbfab5A==
+-----END CERTIFICATE-----
+"""
+LEAF_KEY = """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgmSqOfN40b0Hz4NL3
+113oYwNaW3IfrncSgLOgD1OkNimhRANCAAQfxdZSlOs+5sks72Or+QRsbrYDWCwi
+UPLZKo5eGC1+Eu3KYHLUir06iu/rWZWsg7SzC/qyP/fJDo3mfCGIm9IX
+-----END PRIVATE KEY-----
+"""
+LEAF = """\
+-----BEGIN CERTIFICATE-----
+MIIBwjCCAWigAwIBAgIBAjAKBggqhkjOPQQDAjAYMRYwFAYDVQQDDA1vcnFfbWlu
+IHRlc3RzMCAXDTIwMDEwMTAwMDAwMFoYDzIxMjAwMTAxMDAwMDAwWjAUMRIwEAYD
+VQQDDAlsb2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjOPQMBBwNCAAQfxdZSlOs+
+5sks72Or+QRsbrYDWCwiUPLZKo5eGC1+Eu3KYHLUir06iu/rWZWsg7SzC/qyP/fJ
+Do3mfCGIm9IXo4GkMIGhMAwGA1UdEwEB/wQCMAAwDgYDVR0PAQH/BAQDAgeAMBMG
+A1UdJQQMMAoGCCsGAQUFBwMBMB8GA1UdIwQYMBaAFJqroGArAAHpWqdt6ztK0RiI
+juixMB0GA1UdDgQWBBS37llKUTwnFiuTJTgwsX6a7FmfFjAsBgNVHREEJTAjggls
+b2NhbGhvc3SHBH8AAAGHEAAAAAAAAAAAAAAAAAAAAAEwCgYIKoZIzj0EAwIDSAAw
+RQIhAJfmiWamj+bmfHSyiOMuJS6VKVp25/iJilRn5+pvbu5mAiBf++gG+wbGkW6x
+iee1Nia+yaRKlwjpVVgOsXt5TqwSfg==
+-----END CERTIFICATE-----
+"""
+ELSEWHERE = """\
+-----BEGIN CERTIFICATE-----
+MIIBsjCCAVigAwIBAgIBAzAKBggqhkjOPQQDAjAYMRYwFAYDVQQDDA1vcnFfbWlu
+IHRlc3RzMCAXDTIwMDEwMTAwMDAwMFoYDzIxMjAwMTAxMDAwMDAwWjAUMRIwEAYD
+VQQDDAllbHNld2hlcmUwWTATBgcqhkjOPQIBBggqhkjOPQMBBwNCAAQfxdZSlOs+
+5sks72Or+QRsbrYDWCwiUPLZKo5eGC1+Eu3KYHLUir06iu/rWZWsg7SzC/qyP/fJ
+Do3mfCGIm9IXo4GUMIGRMAwGA1UdEwEB/wQCMAAwDgYDVR0PAQH/BAQDAgeAMBMG
+A1UdJQQMMAoGCCsGAQUFBwMBMB8GA1UdIwQYMBaAFJqroGArAAHpWqdt6ztK0RiI
+juixMB0GA1UdDgQWBBS37llKUTwnFiuTJTgwsX6a7FmfFjAcBgNVHREEFTATghFl
+bHNld2hlcmUuaW52YWxpZDAKBggqhkjOPQQDAgNIADBFAiAvxPEqUPzPmnFGfTJf
+b5WeLeIGfTc8VVDSVOeMLrnjOgIhAPVkPGOy6w9e74hcCrZPXoIU6FvwHBCIqw5m
+Tv0TnmTl
+-----END CERTIFICATE-----
+"""
+
+
+def server_context(certificate=LEAF):
+    """The TLS side of a server; a context loads certificates from files alone."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    with temporary_file(certificate + LEAF_KEY) as path:
+        context.load_cert_chain(path)
+    return context
+
+
+@contextlib.contextmanager
+def temporary_file(text, suffix=".pem"):
+    handle, path = tempfile.mkstemp(suffix)
+    try:
+        with open(handle, "w") as stream:
+            stream.write(text)
+        yield path
+    finally:
+        os.remove(path)
+
+
+def trusting_context():
+    return ssl.create_default_context(cadata=AUTHORITY)
+
+
+def until(true, seconds=5):
+    """Wait until `true()`; return what it said last."""
+    end = time.monotonic() + seconds
+    while not true() and time.monotonic() < end:
+        time.sleep(0.005)
+    return true()
+
+
+class Peer:
+    """A connection that a Wire accepted."""
+
+    def __init__(self, wire, sock, number):
+        self.wire, self.sock, self.number = wire, sock, number
+        self.file = None
+        self.request = None  # as it came last
+
+    def send(self, *pieces, pause=0.0):
+        for piece in pieces:
+            self.sock.sendall(piece)
+            if pause:
+                self.wire.closing.wait(pause)
+
+    def drip(self, data, seconds=10.0):
+        """A byte at a time, for as long as the other side listens."""
+        end = time.monotonic() + seconds
+        for byte in data:
+            if time.monotonic() > end or self.wire.closing.is_set():
+                break
+            self.send(bytes([byte]), pause=0.02)
+
+    def pause(self, seconds):
+        self.wire.closing.wait(seconds)
+
+    def hang(self, seconds=10.0):
+        """Say nothing, for as long as the other side waits."""
+        self.sock.settimeout(seconds)
+        while self.sock.recv(65536):
+            pass
+        raise ConnectionAbortedError("the client has gone")
+
+    def close(self, reset=False):
+        if reset:
+            linger = struct.pack("ii", 1, 0)
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        else:  # Python forgets the descriptor before it closes it
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(self.sock, socket.SHUT_WR)
+        if self.file:
+            self.file.close()
+        self.sock.close()
+
+    def read_head(self):
+        """Method, path and headers of the next request; None at the end."""
+        self.file = self.file or self.sock.makefile("rb")
+        first = self.file.readline()
+        if not first.endswith(b"\r\n"):
+            return None
+        method, path, _ = first.decode("latin-1").split(" ")
+        headers = []
+        for line in iter(self.file.readline, b"\r\n"):
+            if not line:
+                return None
+            name, _, value = line.decode("latin-1").partition(":")
+            headers.append((name, value.strip()))
+        return Recorded(method, path, headers, b"")
+
+    def read_request(self):
+        head = self.read_head()
+        if head is None or self.wire.early:
+            return head
+        length = int((head.header("content-length") or ["0"])[0])
+        body = self.file.read(length)
+        return head._replace(body=body) if len(body) == length else None
+
+
+class Wire:
+    """A server of which a test decides each byte.
+
+        with Wire(step, step) as wire:
+            ...
+
+    A step treats one request, whichever connection it comes on; bytes are sent as
+    they are, a function is given the Peer. The last step is used for all that follow.
+    `greet` is given each Peer before the first request, `early` has the steps run
+    when a request's head has come. `requests` is what came, and `on` by which
+    connection; `gone` are the connections that the client has closed.
+    """
+
+    def __init__(self, *steps, tls=None, greet=None, early=False, host="127.0.0.1"):
+        self.steps, self.tls, self.greet, self.early = list(steps), tls, greet, early
+        self.requests, self.on, self.peers, self.gone = [], [], [], []
+        self.closing = threading.Event()
+        self._lock = threading.Lock()
+        self.threads = []
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._listener = socket.socket(family, socket.SOCK_STREAM)
+        self._listener.bind((host, 0))
+        self._listener.listen(256)
+        self.port = self._listener.getsockname()[1]
+        shown = "[%s]" % host if ":" in host else host
+        self.netloc = "%s:%d" % (shown, self.port)
+        self.url = "%s://%s" % ("https" if tls else "http", self.netloc)
+
+    def __enter__(self):
+        self._start(self._accept)
+        return self
+
+    def __exit__(self, *exception):
+        self.closing.set()
+        with socket.socket(self._listener.family, socket.SOCK_STREAM) as waker:
+            waker.connect(self._listener.getsockname())
+        self.threads[0].join(5)
+        self._listener.close()
+        for peer in self.peers:
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(peer.sock, socket.SHUT_RDWR)
+        for thread in self.threads:
+            thread.join(5)
+
+    def _start(self, work, *arguments):
+        thread = threading.Thread(target=work, args=arguments, daemon=True)
+        self.threads.append(thread)
+        thread.start()
+
+    def _accept(self):
+        while True:
+            sock, _ = self._listener.accept()
+            if self.closing.is_set():
+                return sock.close()
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            peer = Peer(self, sock, len(self.peers))
+            self.peers.append(peer)
+            self._start(self._serve, peer)
+
+    def _serve(self, peer):
+        try:
+            if self.tls:
+                peer.sock = self.tls.wrap_socket(peer.sock, server_side=True)
+            if self.greet:
+                self.greet(peer)
+            while peer.sock.fileno() >= 0 and not self.closing.is_set():
+                if not self._serve_one(peer):
+                    break
+        except OSError:
+            self.gone.append(peer.number)
+        finally:
+            peer.close()
+
+    def _serve_one(self, peer):
+        peer.request = peer.read_request()
+        if peer.request is None:
+            self.gone.append(peer.number)
+            return False
+        with self._lock:
+            self.requests.append(peer.request)
+            self.on.append(peer.number)
+            step = self.steps.pop(0) if len(self.steps) > 1 else self.steps[0]
+        peer.send(step) if isinstance(step, bytes) else step(peer)
+        return True
+
+
+def head(status, *headers):
+    return "\r\n".join(["HTTP/1.1 " + status, *headers, "", ""]).encode("latin-1")
+
+
+def saying(text):
+    """The body of an answer."""
+    parts = [{"kind": "text", "text": text}]
+    output = [{"role": "agent", "parts": parts}]
+    return json.dumps({"task_id": "t1", "output": output}).encode()
+
+
+def reply(body=b"", status="200 OK", *headers):
+    """A well-formed answer; a text is what the agent says."""
+    body = saying(body) if isinstance(body, str) else body
+    return head(status, *headers, "Content-Length: %d" % len(body)) + body
+
+
+def chunked(body, *headers, status="200 OK", size=1000):
+    blocks = [body[i : i + size] for i in range(0, len(body), size)] + [b""]
+    chunks = [b"%x\r\n%s\r\n" % (len(block), block) for block in blocks]
+    return head(status, "Transfer-Encoding: chunked", *headers) + b"".join(chunks)
+
+
+def then_close(data):
+    """A step that sends this and closes the connection."""
+
+    def step(peer):
+        peer.send(data)
+        peer.close()
+
+    return step
+
+
+def break_off(peer):
+    peer.close(reset=True)
+
+
+def repeat_text(peer):
+    """A step that answers what was said."""
+    said = peer.request.json()["message"]["parts"][0]["text"]
+    peer.send(reply(said))
+
+
+@contextlib.contextmanager
+def full_backlog():
+    """An address that lets nobody in, and refuses nobody."""
+    with contextlib.ExitStack() as stack:
+        full = stack.enter_context(socket.socket())
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        for _ in range(8):
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            with contextlib.suppress(OSError):
+                waiting.connect(full.getsockname())
+        yield full.getsockname()
+
+
+class Proxy(Wire):
+    """A real proxy, which tunnels CONNECT and forwards absolute URLs.
+
+    `requests` is what it was asked, `passed` the bytes that went through, and
+    `credentials` what it wants, such as "user:password"; `refusal` is an answer to
+    all.
+    """
+
+    greeting = head("200 Go Ahead")
+
+    def __init__(self, credentials="", refusal=b"", greeting=greeting):
+        super().__init__(self.forward)
+        self.credentials, self.refusal = credentials, refusal
+        self.greeting = greeting
+        self.passed = bytearray()
+
+    def forward(self, peer):
+        wanted = "Basic " + base64.b64encode(self.credentials.encode()).decode()
+        given = peer.request.header("proxy-authorization")
+        if self.refusal:
+            return peer.send(self.refusal)
+        if self.credentials and given != [wanted]:
+            return peer.send(reply(b"", "407 Who Are You"))
+        if peer.request.method == "CONNECT":
+            self.tunnel(peer)
+        else:
+            self.pass_on(peer)
+
+    def tunnel(self, peer):
+        target = urllib.parse.urlsplit("//" + peer.request.path)
+        with socket.create_connection((target.hostname, target.port)) as server:
+            peer.send(self.greeting)
+            back = threading.Thread(target=self.pump, args=(server, peer.sock))
+            back.start()
+            self.pump(peer.sock, server)
+            back.join()
+        peer.close()
+
+    def pass_on(self, peer):
+        target = urllib.parse.urlsplit(peer.request.path)
+        lines = ["%s %s HTTP/1.1" % (peer.request.method, target.path)]
+        for name, value in peer.request.headers:
+            if name.lower() != "proxy-authorization":
+                lines.append("%s: %s" % (name, value))
+        data = "\r\n".join([*lines, "", ""]).encode("latin-1") + peer.request.body
+        with socket.create_connection((target.hostname, target.port)) as server:
+            server.sendall(data)
+            with http.client.HTTPResponse(server) as answer:
+                answer.begin()
+                peer.send(reply(answer.read(), "%d X" % answer.status))
+
+    def pump(self, source, sink):
+        with contextlib.suppress(OSError):
+            for block in iter(lambda: source.recv(65536), b""):
+                self.passed += block
+                sink.sendall(block)
+        with contextlib.suppress(OSError):
+            sink.shutdown(socket.SHUT_RDWR)
+
+
+class WireTest(unittest.TestCase):
+    """Starts Wires, and clients of them that try once."""
+
+    maxDiff = None
+
+    def setUp(self):
+        environment = mock.patch.dict(os.environ, clean_environment(), clear=True)
+        environment.start()
+        self.addCleanup(environment.stop)
+
+    def enter(self, resource):
+        value = resource.__enter__()
+        self.addCleanup(resource.__exit__, None, None, None)
+        return value
+
+    def wire(self, *steps, **options):
+        return self.enter(Wire(*(steps or (repeat_text,)), **options))
+
+    def client(self, server, **options):
+        given = {"server_url": server.url, "timeout_ms": 10000, "retry_config": None}
+        given.update(options)
+        if server.url.startswith("https") and "ssl_context" not in options:
+            given["ssl_context"] = trusting_context()
+        return self.enter(orq_min.Orq("test-key-123", **given))
+
+    def call(self, orq, text="hi", **given):
+        given = dict({"agent_key": "my-agent", "message": text}, **given)
+        return orq.agents.responses.create(**given).text
+
+    def outcome(self, orq, text):
+        try:
+            return self.call(orq, text)
+        except orq_min.OrqError as error:
+            return error
+
+    def failure(self, orq, kind=orq_min.OrqError, **given):
+        with self.assertRaises(kind) as caught:
+            self.call(orq, **given)
+        return caught.exception
+
+
+def script(code, *argv, **env):
+    """Start a Python program, with `orq_min` to be imported."""
+    start = "import signal, sys; sys.path.insert(0, %r)\n" % os.path.dirname(MODULE)
+    if hasattr(signal, "default_int_handler"):  # a shell's `&` has it ignored
+        start += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    return subprocess.Popen(
+        [sys.executable, "-W", "error", "-c", start + textwrap.dedent(code), *argv],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=clean_environment(**env),
+    )
+
+
+# ----------------------------------------------------------------------------
 # For a person to play with
 # ----------------------------------------------------------------------------
 
@@ -2218,7 +2630,7 @@ def only_text(text):
     return {"role": "user", "parts": [{"kind": "text", "text": text}]}
 
 
-class CommandLineInputTest(CommandTest):
+class TheCommandTakesAMessage(CommandTest):
     """What is typed, piped or named reaches the service as it was meant."""
 
     def test_a_message_is_sent_and_only_the_answer_is_printed(self):
@@ -2366,7 +2778,7 @@ class CommandLineInputTest(CommandTest):
         self.assertEqual(self.service.requests[0].path, path)
 
 
-class CommandLineUsageTest(CommandTest):
+class WrongUsageSendsNothing(CommandTest):
     """What is wrong is said in one line with exit status 2, and nothing is sent."""
 
     def main(self, argv):
@@ -2482,7 +2894,7 @@ class CommandLineUsageTest(CommandTest):
         self.assertIn(b"MESSAGE", process.stderr.read())
 
 
-class CommandLineOutputTest(CommandTest):
+class StandardOutputHoldsTheAnswer(CommandTest):
     """Standard output holds the answer alone, in any locale, and --json all of it."""
 
     LOCALES = (
@@ -2611,7 +3023,7 @@ class CommandLineOutputTest(CommandTest):
                 self.assertNotIn(b"Traceback", done.stderr)
 
 
-class CommandLineProgressTest(CommandTest):
+class StandardErrorHoldsTheRest(CommandTest):
     """Standard error tells what is waited for, and what to do next."""
 
     def test_each_retry_is_shown_with_its_reason(self):
@@ -2711,7 +3123,7 @@ class CommandLineProgressTest(CommandTest):
         self.assertEqual(unseen.stderr.read(), b"")
 
 
-class CommandLineExitTest(CommandTest):
+class TheExitStatusTells(CommandTest):
     """The exit status says what happened, with one line and no traceback."""
 
     def test_an_error_of_the_service_is_1(self):
@@ -2840,7 +3252,7 @@ def backoff(*given, **more):
     return orq_min.RetryConfig("backoff", orq_min.BackoffStrategy(*given), **more)
 
 
-class RetryWaitTest(RetryTest):
+class WaitsBetweenAttempts(RetryTest):
     """How long is waited: doubling, as the server asks, and never past the end."""
 
     def test_the_default_waits_half_a_second_doubling_to_8_within_30(self):
@@ -2952,7 +3364,7 @@ class RetryWaitTest(RetryTest):
             self.assertEqual(self.waits_after(times=3, retries=config), [0.1, 0.2, 0.4])
 
 
-class RetryChoiceTest(RetryTest):
+class WhatIsRetried(RetryTest):
     """What is tried again: as the README's table says, or as the caller chose."""
 
     FAILURES = (  # those of each row of the table
@@ -3066,7 +3478,7 @@ class RetryChoiceTest(RetryTest):
         self.assertEqual(self.waits, [0.5, 1])
 
 
-class RetryConfigTest(LoopbackTest):
+class RetrySettingsAreChecked(LoopbackTest):
     """Bad values are a ValidationError that names them, before anything is sent."""
 
     def assertRefused(self, path, build):
@@ -3118,7 +3530,7 @@ class RetryConfigTest(LoopbackTest):
         self.assertEqual(self.create(retries=config).text, "You said: hi")
 
 
-class RetryLogTest(RetryTest):
+class RetriesAreLogged(RetryTest):
     """Each retry is logged: why, how long, which attempt; no header and no body."""
 
     def test_each_retry_is_one_record_of_the_level_info(self):
@@ -3150,7 +3562,7 @@ class RetryLogTest(RetryTest):
                     self.create()
 
 
-class RetryAsyncTest(LoopbackTest):
+class RetriesWithAsyncio(LoopbackTest):
     """create_async follows the same policy, and never blocks the event loop."""
 
     def test_it_waits_without_blocking_the_loop(self):
@@ -3241,7 +3653,7 @@ def code(cell):
     return re.findall("`([^`]+)`", cell)
 
 
-class ReadmeExampleTest(CommandTest):
+class TheReadmeRuns(CommandTest):
     """Each command and example of the README runs as it is printed there."""
 
     def setUp(self):
@@ -3324,7 +3736,7 @@ class ReadmeExampleTest(CommandTest):
         self.assertEqual(done.stdout, b"You said: Hello\n", (lines, done.stderr))
 
 
-class ReadmeClaimTest(unittest.TestCase):
+class TheReadmeIsTrue(unittest.TestCase):
     """The tables of the README say what the code says."""
 
     def assertParameters(self, rows, function):
@@ -3410,419 +3822,7 @@ class ReadmeClaimTest(unittest.TestCase):
 
 
 # ----------------------------------------------------------------------------
-# Helpers for the tests of the transport
-# ----------------------------------------------------------------------------
-
-# An authority of our own, a leaf for localhost, 127.0.0.1 and ::1, and one for
-# another host; both leaves have the same key. They are good for nothing else.
-AUTHORITY = """\
------BEGIN CERTIFICATE-----
-MIIBYjCCAQmgAwIBAgIBATAKBggqhkjOPQQDAjAYMRYwFAYDVQQDDA1vcnFfbWlu
-IHRlc3RzMCAXDTIwMDEwMTAwMDAwMFoYDzIxMjAwMTAxMDAwMDAwWjAYMRYwFAYD
-VQQDDA1vcnFfbWluIHRlc3RzMFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAEqPWm
-3MdCluhhr6TzEVvEHIu6Rj6PL9UUc7Ke6XYvXp8UXoD+K6fYEqZQWIiP94lTpCfG
-ZJ5h5xBUC7dfGR54WaNCMEAwDwYDVR0TAQH/BAUwAwEB/zAOBgNVHQ8BAf8EBAMC
-AQYwHQYDVR0OBBYEFJqroGArAAHpWqdt6ztK0RiIjuixMAoGCCqGSM49BAMCA0cA
-MEQCIFr+Tf7VdAaZSrN49js1TFSg31Kuc6jvfZ3JtB7JAigyAiB+dr5K3EH/ZZqH
-N+dibyDdOHCXAZF7giNYXoWxbfab5A==
------END CERTIFICATE-----
-"""
-LEAF_KEY = """\
------BEGIN PRIVATE KEY-----
-MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgmSqOfN40b0Hz4NL3
-113oYwNaW3IfrncSgLOgD1OkNimhRANCAAQfxdZSlOs+5sks72Or+QRsbrYDWCwi
-UPLZKo5eGC1+Eu3KYHLUir06iu/rWZWsg7SzC/qyP/fJDo3mfCGIm9IX
------END PRIVATE KEY-----
-"""
-LEAF = """\
------BEGIN CERTIFICATE-----
-MIIBwjCCAWigAwIBAgIBAjAKBggqhkjOPQQDAjAYMRYwFAYDVQQDDA1vcnFfbWlu
-IHRlc3RzMCAXDTIwMDEwMTAwMDAwMFoYDzIxMjAwMTAxMDAwMDAwWjAUMRIwEAYD
-VQQDDAlsb2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjOPQMBBwNCAAQfxdZSlOs+
-5sks72Or+QRsbrYDWCwiUPLZKo5eGC1+Eu3KYHLUir06iu/rWZWsg7SzC/qyP/fJ
-Do3mfCGIm9IXo4GkMIGhMAwGA1UdEwEB/wQCMAAwDgYDVR0PAQH/BAQDAgeAMBMG
-A1UdJQQMMAoGCCsGAQUFBwMBMB8GA1UdIwQYMBaAFJqroGArAAHpWqdt6ztK0RiI
-juixMB0GA1UdDgQWBBS37llKUTwnFiuTJTgwsX6a7FmfFjAsBgNVHREEJTAjggls
-b2NhbGhvc3SHBH8AAAGHEAAAAAAAAAAAAAAAAAAAAAEwCgYIKoZIzj0EAwIDSAAw
-RQIhAJfmiWamj+bmfHSyiOMuJS6VKVp25/iJilRn5+pvbu5mAiBf++gG+wbGkW6x
-iee1Nia+yaRKlwjpVVgOsXt5TqwSfg==
------END CERTIFICATE-----
-"""
-ELSEWHERE = """\
------BEGIN CERTIFICATE-----
-MIIBsjCCAVigAwIBAgIBAzAKBggqhkjOPQQDAjAYMRYwFAYDVQQDDA1vcnFfbWlu
-IHRlc3RzMCAXDTIwMDEwMTAwMDAwMFoYDzIxMjAwMTAxMDAwMDAwWjAUMRIwEAYD
-VQQDDAllbHNld2hlcmUwWTATBgcqhkjOPQIBBggqhkjOPQMBBwNCAAQfxdZSlOs+
-5sks72Or+QRsbrYDWCwiUPLZKo5eGC1+Eu3KYHLUir06iu/rWZWsg7SzC/qyP/fJ
-Do3mfCGIm9IXo4GUMIGRMAwGA1UdEwEB/wQCMAAwDgYDVR0PAQH/BAQDAgeAMBMG
-A1UdJQQMMAoGCCsGAQUFBwMBMB8GA1UdIwQYMBaAFJqroGArAAHpWqdt6ztK0RiI
-juixMB0GA1UdDgQWBBS37llKUTwnFiuTJTgwsX6a7FmfFjAcBgNVHREEFTATghFl
-bHNld2hlcmUuaW52YWxpZDAKBggqhkjOPQQDAgNIADBFAiAvxPEqUPzPmnFGfTJf
-b5WeLeIGfTc8VVDSVOeMLrnjOgIhAPVkPGOy6w9e74hcCrZPXoIU6FvwHBCIqw5m
-Tv0TnmTl
------END CERTIFICATE-----
-"""
-
-
-def server_context(certificate=LEAF):
-    """The TLS side of a server; a context loads certificates from files alone."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    with temporary_file(certificate + LEAF_KEY) as path:
-        context.load_cert_chain(path)
-    return context
-
-
-@contextlib.contextmanager
-def temporary_file(text, suffix=".pem"):
-    handle, path = tempfile.mkstemp(suffix)
-    try:
-        with open(handle, "w") as stream:
-            stream.write(text)
-        yield path
-    finally:
-        os.remove(path)
-
-
-def trusting_context():
-    return ssl.create_default_context(cadata=AUTHORITY)
-
-
-def until(true, seconds=5):
-    """Wait until `true()`; return what it said last."""
-    end = time.monotonic() + seconds
-    while not true() and time.monotonic() < end:
-        time.sleep(0.005)
-    return true()
-
-
-class Peer:
-    """A connection that a Wire accepted."""
-
-    def __init__(self, wire, sock, number):
-        self.wire, self.sock, self.number = wire, sock, number
-        self.file = None
-        self.request = None  # as it came last
-
-    def send(self, *pieces, pause=0.0):
-        for piece in pieces:
-            self.sock.sendall(piece)
-            if pause:
-                self.wire.closing.wait(pause)
-
-    def drip(self, data, seconds=10.0):
-        """A byte at a time, for as long as the other side listens."""
-        end = time.monotonic() + seconds
-        for byte in data:
-            if time.monotonic() > end or self.wire.closing.is_set():
-                break
-            self.send(bytes([byte]), pause=0.02)
-
-    def pause(self, seconds):
-        self.wire.closing.wait(seconds)
-
-    def hang(self, seconds=10.0):
-        """Say nothing, for as long as the other side waits."""
-        self.sock.settimeout(seconds)
-        while self.sock.recv(65536):
-            pass
-        raise ConnectionAbortedError("the client has gone")
-
-    def close(self, reset=False):
-        if reset:
-            linger = struct.pack("ii", 1, 0)
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-        else:  # Python forgets the descriptor before it closes it
-            with contextlib.suppress(OSError):
-                socket.socket.shutdown(self.sock, socket.SHUT_WR)
-        if self.file:
-            self.file.close()
-        self.sock.close()
-
-    def read_head(self):
-        """Method, path and headers of the next request; None at the end."""
-        self.file = self.file or self.sock.makefile("rb")
-        first = self.file.readline()
-        if not first.endswith(b"\r\n"):
-            return None
-        method, path, _ = first.decode("latin-1").split(" ")
-        headers = []
-        for line in iter(self.file.readline, b"\r\n"):
-            if not line:
-                return None
-            name, _, value = line.decode("latin-1").partition(":")
-            headers.append((name, value.strip()))
-        return Recorded(method, path, headers, b"")
-
-    def read_request(self):
-        head = self.read_head()
-        if head is None or self.wire.early:
-            return head
-        length = int((head.header("content-length") or ["0"])[0])
-        body = self.file.read(length)
-        return head._replace(body=body) if len(body) == length else None
-
-
-class Wire:
-    """A server of which a test decides each byte.
-
-        with Wire(step, step) as wire:
-            ...
-
-    A step treats one request, whichever connection it comes on; bytes are sent as
-    they are, a function is given the Peer. The last step is used for all that follow.
-    `greet` is given each Peer before the first request, `early` has the steps run
-    when a request's head has come. `requests` is what came, and `on` by which
-    connection; `gone` are the connections that the client has closed.
-    """
-
-    def __init__(self, *steps, tls=None, greet=None, early=False, host="127.0.0.1"):
-        self.steps, self.tls, self.greet, self.early = list(steps), tls, greet, early
-        self.requests, self.on, self.peers, self.gone = [], [], [], []
-        self.closing = threading.Event()
-        self._lock = threading.Lock()
-        self.threads = []
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._listener = socket.socket(family, socket.SOCK_STREAM)
-        self._listener.bind((host, 0))
-        self._listener.listen(256)
-        self.port = self._listener.getsockname()[1]
-        shown = "[%s]" % host if ":" in host else host
-        self.netloc = "%s:%d" % (shown, self.port)
-        self.url = "%s://%s" % ("https" if tls else "http", self.netloc)
-
-    def __enter__(self):
-        self._start(self._accept)
-        return self
-
-    def __exit__(self, *exception):
-        self.closing.set()
-        with socket.socket(self._listener.family, socket.SOCK_STREAM) as waker:
-            waker.connect(self._listener.getsockname())
-        self.threads[0].join(5)
-        self._listener.close()
-        for peer in self.peers:
-            with contextlib.suppress(OSError):
-                socket.socket.shutdown(peer.sock, socket.SHUT_RDWR)
-        for thread in self.threads:
-            thread.join(5)
-
-    def _start(self, work, *arguments):
-        thread = threading.Thread(target=work, args=arguments, daemon=True)
-        self.threads.append(thread)
-        thread.start()
-
-    def _accept(self):
-        while True:
-            sock, _ = self._listener.accept()
-            if self.closing.is_set():
-                return sock.close()
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            peer = Peer(self, sock, len(self.peers))
-            self.peers.append(peer)
-            self._start(self._serve, peer)
-
-    def _serve(self, peer):
-        try:
-            if self.tls:
-                peer.sock = self.tls.wrap_socket(peer.sock, server_side=True)
-            if self.greet:
-                self.greet(peer)
-            while peer.sock.fileno() >= 0 and not self.closing.is_set():
-                if not self._serve_one(peer):
-                    break
-        except OSError:
-            self.gone.append(peer.number)
-        finally:
-            peer.close()
-
-    def _serve_one(self, peer):
-        peer.request = peer.read_request()
-        if peer.request is None:
-            self.gone.append(peer.number)
-            return False
-        with self._lock:
-            self.requests.append(peer.request)
-            self.on.append(peer.number)
-            step = self.steps.pop(0) if len(self.steps) > 1 else self.steps[0]
-        peer.send(step) if isinstance(step, bytes) else step(peer)
-        return True
-
-
-def head(status, *headers):
-    return "\r\n".join(["HTTP/1.1 " + status, *headers, "", ""]).encode("latin-1")
-
-
-def saying(text):
-    """The body of an answer."""
-    parts = [{"kind": "text", "text": text}]
-    output = [{"role": "agent", "parts": parts}]
-    return json.dumps({"task_id": "t1", "output": output}).encode()
-
-
-def reply(body=b"", status="200 OK", *headers):
-    """A well-formed answer; a text is what the agent says."""
-    body = saying(body) if isinstance(body, str) else body
-    return head(status, *headers, "Content-Length: %d" % len(body)) + body
-
-
-def chunked(body, *headers, status="200 OK", size=1000):
-    blocks = [body[i : i + size] for i in range(0, len(body), size)] + [b""]
-    chunks = [b"%x\r\n%s\r\n" % (len(block), block) for block in blocks]
-    return head(status, "Transfer-Encoding: chunked", *headers) + b"".join(chunks)
-
-
-def then_close(data):
-    """A step that sends this and closes the connection."""
-
-    def step(peer):
-        peer.send(data)
-        peer.close()
-
-    return step
-
-
-def break_off(peer):
-    peer.close(reset=True)
-
-
-def repeat_text(peer):
-    """A step that answers what was said."""
-    said = peer.request.json()["message"]["parts"][0]["text"]
-    peer.send(reply(said))
-
-
-@contextlib.contextmanager
-def full_backlog():
-    """An address that lets nobody in, and refuses nobody."""
-    with contextlib.ExitStack() as stack:
-        full = stack.enter_context(socket.socket())
-        full.bind(("127.0.0.1", 0))
-        full.listen(0)
-        for _ in range(8):
-            waiting = stack.enter_context(socket.socket())
-            waiting.setblocking(False)
-            with contextlib.suppress(OSError):
-                waiting.connect(full.getsockname())
-        yield full.getsockname()
-
-
-class Proxy(Wire):
-    """A real proxy, which tunnels CONNECT and forwards absolute URLs.
-
-    `requests` is what it was asked, `passed` the bytes that went through, and
-    `credentials` what it wants, such as "user:password"; `refusal` is an answer to
-    all.
-    """
-
-    greeting = head("200 Go Ahead")
-
-    def __init__(self, credentials="", refusal=b"", greeting=greeting):
-        super().__init__(self.forward)
-        self.credentials, self.refusal = credentials, refusal
-        self.greeting = greeting
-        self.passed = bytearray()
-
-    def forward(self, peer):
-        wanted = "Basic " + base64.b64encode(self.credentials.encode()).decode()
-        given = peer.request.header("proxy-authorization")
-        if self.refusal:
-            return peer.send(self.refusal)
-        if self.credentials and given != [wanted]:
-            return peer.send(reply(b"", "407 Who Are You"))
-        if peer.request.method == "CONNECT":
-            self.tunnel(peer)
-        else:
-            self.pass_on(peer)
-
-    def tunnel(self, peer):
-        target = urllib.parse.urlsplit("//" + peer.request.path)
-        with socket.create_connection((target.hostname, target.port)) as server:
-            peer.send(self.greeting)
-            back = threading.Thread(target=self.pump, args=(server, peer.sock))
-            back.start()
-            self.pump(peer.sock, server)
-            back.join()
-        peer.close()
-
-    def pass_on(self, peer):
-        target = urllib.parse.urlsplit(peer.request.path)
-        lines = ["%s %s HTTP/1.1" % (peer.request.method, target.path)]
-        for name, value in peer.request.headers:
-            if name.lower() != "proxy-authorization":
-                lines.append("%s: %s" % (name, value))
-        data = "\r\n".join([*lines, "", ""]).encode("latin-1") + peer.request.body
-        with socket.create_connection((target.hostname, target.port)) as server:
-            server.sendall(data)
-            with http.client.HTTPResponse(server) as answer:
-                answer.begin()
-                peer.send(reply(answer.read(), "%d X" % answer.status))
-
-    def pump(self, source, sink):
-        with contextlib.suppress(OSError):
-            for block in iter(lambda: source.recv(65536), b""):
-                self.passed += block
-                sink.sendall(block)
-        with contextlib.suppress(OSError):
-            sink.shutdown(socket.SHUT_RDWR)
-
-
-class WireTest(unittest.TestCase):
-    """Starts Wires, and clients of them that try once."""
-
-    maxDiff = None
-
-    def setUp(self):
-        environment = mock.patch.dict(os.environ, clean_environment(), clear=True)
-        environment.start()
-        self.addCleanup(environment.stop)
-
-    def enter(self, resource):
-        value = resource.__enter__()
-        self.addCleanup(resource.__exit__, None, None, None)
-        return value
-
-    def wire(self, *steps, **options):
-        return self.enter(Wire(*(steps or (repeat_text,)), **options))
-
-    def client(self, server, **options):
-        given = {"server_url": server.url, "timeout_ms": 10000, "retry_config": None}
-        given.update(options)
-        if server.url.startswith("https") and "ssl_context" not in options:
-            given["ssl_context"] = trusting_context()
-        return self.enter(orq_min.Orq("test-key-123", **given))
-
-    def call(self, orq, text="hi", **given):
-        given = dict({"agent_key": "my-agent", "message": text}, **given)
-        return orq.agents.responses.create(**given).text
-
-    def outcome(self, orq, text):
-        try:
-            return self.call(orq, text)
-        except orq_min.OrqError as error:
-            return error
-
-    def failure(self, orq, kind=orq_min.OrqError, **given):
-        with self.assertRaises(kind) as caught:
-            self.call(orq, **given)
-        return caught.exception
-
-
-def script(code, *argv, **env):
-    """Start a Python program, with `orq_min` to be imported."""
-    start = "import signal, sys; sys.path.insert(0, %r)\n" % os.path.dirname(MODULE)
-    if hasattr(signal, "default_int_handler"):  # a shell's `&` has it ignored
-        start += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    return subprocess.Popen(
-        [sys.executable, "-W", "error", "-c", start + textwrap.dedent(code), *argv],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=clean_environment(**env),
-    )
-
-
-# ----------------------------------------------------------------------------
-# Tests of the transport
+# The network
 # ----------------------------------------------------------------------------
 
 FORGED = reply("the answer to somebody else")
