@@ -15,9 +15,9 @@ A quick script needs one line, `create_response("my-agent", "Hello").text`; a
 program on asyncio awaits `create_async`; a shell runs `python3 orq_min.py --help`.
 
 What goes out is checked first: all that is wrong is said at once, by its path, and
-nothing is sent. What comes back is kept: no 200 that holds a JSON object is refused.
-An agent run costs money and is not idempotent, so by default only those failures
-are retried after which the agent cannot have run.
+nothing is sent. What comes back is kept: a 200 that holds a JSON object is never
+refused for what it lacks. An agent run costs money and is not idempotent, so by
+default only what did not leave whole, 429 and 503 are retried.
 
     OrqError                 base of every error of this module
       ValidationError        the call is wrong; nothing was sent (a ValueError too)
@@ -26,8 +26,9 @@ are retried after which the agent cannot have run.
         APITimeoutError      ... in time
 
 Environment: ORQ_API_KEY, ORQ_BASE_URL, the proxy variables that urllib reads, and
-OpenSSL's SSL_CERT_FILE and SSL_CERT_DIR. Logger: this module's name; each retry is
-logged at INFO, each attempt at DEBUG, never with a header or a body.
+those of Python's ssl: SSL_CERT_FILE, SSL_CERT_DIR, SSLKEYLOGFILE. Logger: this
+module's name; each retry is logged at INFO, each attempt at DEBUG, never with a
+header or a body.
 """
 
 import datetime
@@ -72,8 +73,8 @@ DEFAULT_TIMEOUT_MS = 600_000
 MAX_TIMEOUT_MS = 2**31 - 1  # the most that a socket's timeout can hold
 MAX_ANSWER_BYTES = 256 * 2**20
 MAX_REDIRECTS = 5
-MAX_NESTING = 200  # levels of a free-form value; json gives up near 1000
-MAX_INTEGER_BITS = 2_000  # Python may refuse to write more than 640 digits
+MAX_NESTING = 100  # levels of a free-form value; json gives up near 1000
+MAX_INTEGER_BITS = 2_000  # about 600 digits; Python may be set to refuse 641
 IDLE_SECONDS = 4.0  # many servers close an idle connection after 5
 KEEPALIVE_SECONDS = 60  # a NAT forgets a silent connection after some minutes
 BLOCK_BYTES = 64 * 2**10  # read or sent at once
@@ -127,7 +128,7 @@ class APIError(OrqError):
     """
 
     status_code: int = 0
-    headers: http.client.HTTPMessage
+    headers: http.client.HTTPMessage = http.client.HTTPMessage()
     body: str = ""
     data: Any = None
     message: str = ""
@@ -179,6 +180,7 @@ def _kind(name: str) -> Any:
 
 
 def _base64_problem(value: str) -> str:
+    """What is surely no base64; the padding is the service's to judge."""
     alphabet = string.ascii_letters + string.digits + "+/=-_\r\n"
     # translate, as a regular expression takes a second for a large file
     if value.encode("utf-8", "replace").translate(None, alphabet.encode()):
@@ -200,7 +202,9 @@ class _Declared:
         cls.__doc__ = "\n".join(lines)
 
     def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and vars(self) == vars(other)
+        if type(self) is not type(other):
+            return NotImplemented
+        return vars(self) == vars(other)
 
     def __repr__(self) -> str:
         shown = [item.name for item in fields(cast(Any, self)) if item.repr]
@@ -212,6 +216,7 @@ class _Checked(_Declared):
     """Base of the dataclasses whose values are checked when one is built."""
 
     def __post_init__(self) -> None:
+        # to check is to encode; see the section "Checking and JSON"
         problems: Problems = []
         _encode_object((type(self),), self, "", problems)
         if problems:
@@ -270,7 +275,8 @@ class FilePart(_Checked):
     @classmethod
     def from_uri(cls, uri: str) -> "FilePart":
         """Attach a file that the service fetches."""
-        name = uri.partition("?")[0].rpartition("/")[2] if isinstance(uri, str) else ""
+        path = re.split("[?#]", uri)[0] if isinstance(uri, str) else ""
+        name = path.rpartition("/")[2]
         return cls(FileInURIFormat(uri, _guess_mime_type(name)))
 
 
@@ -300,7 +306,9 @@ InputPart = Union[TextPart, FilePart, ToolResultPart, Mapping[str, Any]]
 class A2AMessage(_Checked):
     """A message to the agent."""
 
-    role: str = field(metadata=_about("whose", "", _one_of("user", "tool")))
+    role: str = field(
+        metadata=_about("'tool' for tool results", check=_one_of("user", "tool"))
+    )
     parts: Sequence[InputPart] = field(metadata=_about("the parts; there may be none"))
     message_id: Optional[str] = _optional("a ULID", "messageId")
 
@@ -342,14 +350,16 @@ MemoryLike = Union[Memory, Mapping[str, Any]]
 class CreateAgentResponseRequestBody(_Declared):
     """What a request carries."""
 
-    message: MessageLike = field(metadata=_about("the message; text is the user's"))
-    task_id: Optional[str] = _optional("inactive task to continue")
+    message: MessageLike = field(metadata=_about("the message, or a user's text"))
+    task_id: Optional[str] = _optional("id of an inactive task to continue")
     variables: Optional[Mapping[str, Any]] = _optional("values for the templates")
     contact: Optional[ContactLike] = _optional("on whose behalf the agent runs")
     thread: Optional[ThreadLike] = _optional("what groups requests")
     memory: Optional[MemoryLike] = _optional("whose memories the agent uses")
     metadata: Optional[Mapping[str, Any]] = _optional("any values, for the traces")
-    background: Optional[bool] = _optional("answer at once, run on", default=False)
+    background: Optional[bool] = _optional(
+        "answer at once, while the agent runs on", default=False
+    )
 
 
 # ----------------------------------------------------------------------------
@@ -358,7 +368,8 @@ class CreateAgentResponseRequestBody(_Declared):
 
 # The annotations are what the schema promises. What comes is not checked but kept:
 # a field that did not come is None, one of another type stays as it came, and one
-# that is unknown here becomes an attribute of its own name.
+# that is unknown here becomes an attribute of its name if that is free, and does not
+# begin with "_"; it is in `raw` in any case.
 
 
 @dataclass(eq=False, repr=False)
@@ -402,7 +413,7 @@ class Output(_Declared):
 
     message_id: str = _optional("a ULID", "messageId")
     role: str = _optional("'user', 'agent', 'tool' or 'system'")
-    parts: List[OutputPart] = _optional("of an unknown kind: dicts")
+    parts: List[OutputPart] = _optional("the parts; one of an unknown kind is a dict")
     metadata: Optional[Dict[str, Any]] = _optional("any values")
 
 
@@ -612,17 +623,19 @@ def _encode_object(
         problems.append(_no_model(models, given, path))
         return encoded
     for json_name, (item, kind) in _json_fields(model).items():
-        name = json_name if json_name in given else item.name
-        content = given.pop(name, None)
+        name, content = json_name, given.pop(json_name, None)
+        again = given.pop(item.name, None)  # the two spellings may be the same
+        if content is None:
+            content, again = again, None
+            name = json_name if content is None and not is_model else item.name
         if content is None and kind.optional:
             continue
         where = f"{path}.{name}" if path else name
-        if name != item.name and given.pop(item.name, None) is not None:
-            problems.append((where, f"given as {item.name!r} too"))
         if content is None:
-            where = where if is_model else _at(path, json_name)
             problems.append((where, "required"))
             continue
+        if again is not None:
+            problems.append((where, f"given as {item.name!r} too"))
         found: Problems = []
         encoded[json_name] = _encode(kind, content, where, found)
         check = item.metadata["check"]
@@ -797,8 +810,8 @@ class BackoffStrategy(_Checked):
 
     initial_interval: float = _optional("first wait", "", _negative, default=500)
     max_interval: float = _optional("longest wait", "", _negative, default=60_000)
-    exponent: float = _optional("each wait to the last", "", _negative, default=1.5)
-    max_elapsed_time: float = _optional("in all", "", _negative, default=3_600_000)
+    exponent: float = _optional("growth of the wait", "", _negative, default=1.5)
+    max_elapsed_time: float = _optional("for all", "", _negative, default=3_600_000)
     jitter_ms: Optional[float] = _optional("most to add at random", "", _negative)
 
 
@@ -806,6 +819,8 @@ class BackoffStrategy(_Checked):
 class RetryConfig(_Checked):
     """What to try again, and when. None in its place tries once.
 
+    As in the official client, the defaults may run an agent twice; DEFAULT_RETRY,
+    which a client has by default, does not.
     `retry_connection_errors` is about attempts without a complete answer: all of
     them (True), none (False), or those after which the agent cannot have run (None).
     """
@@ -973,9 +988,21 @@ def _request_headers(api_key: Any, given: Any, problems: Problems) -> Dict[str, 
     return headers
 
 
+def _spellings(character: str) -> str:
+    """A pattern for a character as it is, or escaped as in JSON, a URL or HTML."""
+    code, quoted = ord(character), urllib.parse.quote(character, "")
+    forms = [character, quoted, json.dumps(character)[1:-1], f"\\u{code:04x}"]
+    forms += [f"\\{character}", f"&#{code};", f"&#x{code:x};"]
+    named = ["&(?:amp|lt|gt|quot|apos);"] if character in "&<>\"'" else []
+    return f"(?:{'|'.join([*map(re.escape, forms), *named])})"
+
+
 @dataclass(eq=False)
 class PreparedRequest:
-    """A request that was checked and can be sent. Its repr holds no secret."""
+    """A request that was checked and can be sent.
+
+    `headers` hold the key; the repr leaves them and the body out.
+    """
 
     method: str
     url: str
@@ -985,13 +1012,10 @@ class PreparedRequest:
     retries: Optional[RetryConfig]
 
     def mask(self, text: str) -> str:
-        """The text without the key, however it may be escaped there."""
+        """The text without the key, as it is or in a usual escaping."""
         scheme, _, key = self.headers["Authorization"].partition(" ")
-        key = key or scheme
-        text = text.replace(key, "***").replace(json.dumps(key)[1:-1], "***")
-        for safe in ("", string.punctuation):
-            text = text.replace(urllib.parse.quote(key, safe), "***")
-        return text
+        spellings = map(_spellings, key or scheme)
+        return re.sub("".join(spellings) or "(?!)", "***", text, flags=re.IGNORECASE)
 
 
 class _Answer(NamedTuple):
@@ -1013,7 +1037,7 @@ class _Cancellation:
 
     def watch(self, sock: Optional[socket.socket]) -> None:
         """Note the socket in use. ConnectionError if the call has been ended."""
-        with self._lock:  # a socket that was given back must not be shut down
+        with self._lock:  # else cancel could shut a socket that serves another call
             self._sock = sock
             if self.event.is_set():
                 raise ConnectionAbortedError("cancelled")
@@ -1035,7 +1059,7 @@ class _Attempt(urllib.request.Request):
     prepared: PreparedRequest
     cancellation: _Cancellation
     deadline: float  # of time.monotonic
-    sent = False  # the last byte of it has left
+    sent = False  # its last byte was handed to the system
 
     def time_left(self) -> float:
         left = self.deadline - time.monotonic()
@@ -1054,7 +1078,10 @@ def _host_and_port(netloc: str, default_port: int) -> Tuple[str, int]:
 
 
 def _dial(host: str, port: int, attempt: _Attempt) -> socket.socket:
-    """Connect to the first address that accepts; each has its share of the time."""
+    """Connect to the first address that accepts; each has its share of the time.
+
+    The lookup of the name cannot be interrupted.
+    """
     addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     for left in range(len(addresses), 0, -1):
         family, kind, protocol, _, address = addresses[-left]
@@ -1120,9 +1147,9 @@ class _Connection(io.RawIOBase):
         self.sock.close()
 
     def limit(self, attempt: _Attempt) -> None:
-        """Have the next operation end at the deadline, or half a second later.
+        """Set the socket's timeout to what is left of the time.
 
-        So a short call need not set the timeout anew for each: a system call.
+        It stays as it is, which saves a system call, if at most half a second longer.
         """
         left = attempt.time_left()
         if not left <= (self.sock.gettimeout() or 0) <= left + 0.5:
@@ -1184,7 +1211,7 @@ class _Connection(io.RawIOBase):
             self.send(b"" if small else body, attempt)
             attempt.sent = True
         except socket.timeout:
-            raise
+            raise  # no time is left for an answer
         except OSError as error:
             broken = error  # but a server may answer (401, 413) before it has read all
         try:
@@ -1226,7 +1253,7 @@ def _read_answer(response: http.client.HTTPResponse) -> _Answer:
     """The whole answer; raises if it breaks off."""
     body = bytearray()
     source: Any = response
-    if response.headers.get("content-encoding", "").lower() in ("gzip", "x-gzip"):
+    if "gzip" in response.headers.get("content-encoding", "").lower():
         import gzip
 
         source = gzip.GzipFile(fileobj=source)
@@ -1235,7 +1262,7 @@ def _read_answer(response: http.client.HTTPResponse) -> _Answer:
             problem = f"the answer is larger than {MAX_ANSWER_BYTES} bytes"
             return _Answer(response.status, response.headers, bytearray(), problem)
         body += block
-    if response.length:  # read(amount) does not tell
+    if response.length:  # at an early end, read(amount) just returns b""
         raise http.client.IncompleteRead(b"", response.length)
     return _Answer(response.status, response.headers, body)
 
@@ -1254,7 +1281,7 @@ class _ConnectionHandler(urllib.request.BaseHandler):
     def http_open(self, attempt: _Attempt) -> _Answer:
         if attempt.type not in ("http", "https"):
             raise ValueError("a proxy of another kind")
-        credentials = attempt.get_header("Proxy-authorization", "")
+        credentials = attempt.get_header("Proxy-authorization", "")  # urllib's spelling
         if attempt.tunnel():  # they are for the proxy alone
             attempt.remove_header("Proxy-authorization")
         peer = (attempt.type, attempt.host, attempt.tunnel(), credentials)
@@ -1263,7 +1290,7 @@ class _ConnectionHandler(urllib.request.BaseHandler):
             attempt.cancellation.watch(connection.sock)
             answer, clean = connection.exchange(attempt)
             attempt.cancellation.watch(None)
-            if answer.status == 407:  # no server's, but the proxy's
+            if answer.status == 407 and attempt.has_proxy():
                 attempt.sent = False
                 raise _ProxyRefusal("407 Proxy Authentication Required")
         except BaseException:
@@ -1353,6 +1380,7 @@ class _Transport:
         Raises APIConnectionError if no complete one comes.
         """
         url = prepared.url
+        home, _ = _read_server_url(url)
         deadline = time.monotonic() + prepared.timeout
         for _ in range(MAX_REDIRECTS + 1):
             method, body, headers = prepared.method, prepared.body, prepared.headers
@@ -1367,8 +1395,8 @@ class _Transport:
             target = _redirect_target(url, location)
             answer = answer._replace(problem=f"redirect to {target} not followed")
             origin, _ = _read_server_url(target.partition("?")[0])
-            # another status may make a GET of it; the key stays in its origin
-            if answer.status not in (307, 308) or not url.startswith(f"{origin}/"):
+            # 301 to 303 may turn a POST into a GET; the key stays in its origin
+            if answer.status not in (307, 308) or origin != home:
                 break
             url = target
         return answer
@@ -1416,10 +1444,10 @@ def _connection_error(error: Exception, attempt: _Attempt) -> APIConnectionError
 
 def _explain(error: Exception, attempt: _Attempt) -> Tuple[str, bool]:
     """(what went wrong, whether another attempt may do better)."""
-    if isinstance(error, socket.timeout):
+    if isinstance(error, socket.timeout) and not error.errno:  # ours, no ETIMEDOUT
         return f"no complete answer within {attempt.prepared.timeout:g} s", True
     if isinstance(error, _ProxyRefusal):
-        return f"a tunnel was refused with {error}", False
+        return f"the proxy refused with {error}", False
     if isinstance(error, socket.gaierror):
         what = f"no address found for {attempt.host} ({error.strerror})"
         return what, error.errno == socket.EAI_AGAIN
@@ -1501,6 +1529,8 @@ async def _in_thread(work: Callable[[], T], stop: _Cancellation) -> T:
     def run() -> None:
         try:
             future.set_result(work())
+        except StopIteration as error:  # which no future takes
+            future.set_exception(RuntimeError(repr(error)))
         except BaseException as error:  # noqa: BLE001 (the task raises it)
             future.set_exception(error)
 
@@ -1543,8 +1573,8 @@ class Responses:
     ) -> CreateAgentResponseResponseBody:
         """Send a message to an agent and return what the agent did.
 
-        Raises ValidationError, APIError, APIConnectionError or APITimeoutError.
-
+        Raises ValidationError before anything is sent, APIError for any answer but a
+        usable 200, and APIConnectionError or APITimeoutError without one.
             agent_key: the agent's key or id
             retries: what to try again; None tries once (default: the client's)
             server_url: (default: the client's)
@@ -1552,14 +1582,16 @@ class Responses:
             http_headers: added to the client's own, or in their place
             extra_body: fields of the body that this file does not know
         """
-        given = {name: value for name, value in locals().items() if name != "self"}
+        given = dict(locals())
+        del given["self"]
         return self._run(self.prepare(**given), _Cancellation(), time.sleep)
 
     @_same_parameters(create)
     async def create_async(self, **given: Any) -> CreateAgentResponseResponseBody:
         """Do what `create` does, without blocking the event loop.
 
-        Cancelling the task closes the connection.
+        Each call takes a thread. Cancelling the task closes the connection; the agent
+        may run on.
         """
         stop = _Cancellation()
 
@@ -1581,7 +1613,7 @@ class Responses:
         extra_body: Optional[Mapping[str, Any]] = None,
         **rest: Any,
     ) -> PreparedRequest:
-        """Check what `create` would be given; return what it would send."""
+        """Return what `create` would send, checked. Raises ValidationError."""
         problems: Problems = []
         if isinstance(message, str):
             part = {"kind": "text", "text": message}
@@ -1632,7 +1664,7 @@ class Responses:
                 wait = _retry_wait(error, cast(RetryConfig, config), attempt, elapsed)
                 if wait is None:
                     raise
-                # the text of an APIError has words of the body
+                # an APIError's text quotes the body; an APIConnectionError's does not
                 status = getattr(error, "status_code", None)
                 reason = f"status {status}" if status else str(error)
             _log.info("attempt %d failed, next in %.1f s: %s", attempt, wait, reason)
@@ -1698,7 +1730,7 @@ class Orq:
         )
 
     def close(self) -> None:
-        """Close the idle connections. A later call makes one for itself alone."""
+        """Close the idle connections. A later call works, but keeps none."""
         self._transport.close()
 
     def __enter__(self) -> "Self":
@@ -1859,7 +1891,7 @@ def _read_message(options: Any) -> Any:
 
 
 def _tool_result(text: str) -> ToolResultPart:
-    # an id may have a "=" in it, which no JSON begins with
+    # an id may end in "=" (base64), with which no JSON begins
     match = re.match(r'(.+?)=\s*([@[{"0-9-]|true|false|null)', text, re.DOTALL)
     if not match:
         raise ValidationError([("--tool-result", f"{text!r} is not CALL_ID=JSON")])
@@ -1870,20 +1902,25 @@ def _tool_result(text: str) -> ToolResultPart:
 def _read_stdin(fail: Callable[[str], "NoReturn"]) -> str:
     if sys.stdin is None or sys.stdin.isatty():
         fail("MESSAGE is missing")
-    data = getattr(sys.stdin, "buffer", sys.stdin).read()
     try:
+        data = getattr(sys.stdin, "buffer", sys.stdin).read()
         text = data if isinstance(data, str) else data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        fail(f"standard input is not UTF-8 text: {error}")
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"standard input cannot be read as UTF-8 text: {error}")
     return re.sub(r"\r?\n$", "", text)
 
 
 def _print(stream: Any, text: str) -> None:
     """Print in any locale: what the stream cannot show is escaped."""
-    if stream is not None:
-        encoding = getattr(stream, "encoding", None) or "utf-8"
+    if stream is None:
+        return
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    try:
         stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
         stream.flush()
+    except OSError:
+        if stream is not sys.stderr:  # whose failure changes no outcome
+            raise
 
 
 def _print_answer(answer: CreateAgentResponseResponseBody, options: Any) -> None:
@@ -1910,7 +1947,7 @@ def _print_answer(answer: CreateAgentResponseResponseBody, options: Any) -> None
 
 
 def _tick(done: threading.Event) -> None:
-    """Show the seconds that pass."""
+    """Show the seconds that pass, on the terminal."""
     started = time.monotonic()
     while not done.wait(1):
         sys.stderr.write(f"\r{time.monotonic() - started:.0f} s ")
@@ -1984,7 +2021,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except OrqError as error:
         _print(sys.stderr, f"orq_min: {error}")
         return {ValidationError: 2, APIError: 1}.get(type(error), 3)
-    except OSError as error:  # of a stream: what it holds back must not fail again
+    except OSError as error:  # of standard output; the flush at exit is not to fail too
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         if isinstance(error, BrokenPipeError):  # `| head -1` has seen enough
             return 0
