@@ -1259,7 +1259,7 @@ def _read_answer(response: http.client.HTTPResponse) -> _Answer:
         source = gzip.GzipFile(fileobj=source)
     for block in iter(lambda: source.read(BLOCK_BYTES), b""):
         if len(body) + len(block) > MAX_ANSWER_BYTES:
-            problem = f"the answer is larger than {MAX_ANSWER_BYTES} bytes"
+            problem = f"the answer is larger than {MAX_ANSWER_BYTES / 2**20:g} MiB"
             return _Answer(response.status, response.headers, bytearray(), problem)
         body += block
     if response.length:  # at an early end, read(amount) just returns b""
@@ -1919,6 +1919,8 @@ def _print(stream: Any, text: str) -> None:
         stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
         stream.flush()
     except OSError:
+        # what is still held back must not fail again when Python ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         if stream is not sys.stderr:  # whose failure changes no outcome
             raise
 
@@ -2021,8 +2023,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except OrqError as error:
         _print(sys.stderr, f"orq_min: {error}")
         return {ValidationError: 2, APIError: 1}.get(type(error), 3)
-    except OSError as error:  # of standard output; the flush at exit is not to fail too
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except OSError as error:  # of standard output
         if isinstance(error, BrokenPipeError):  # `| head -1` has seen enough
             return 0
         _print(sys.stderr, f"orq_min: cannot print the answer: {error.strerror}")

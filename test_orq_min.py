@@ -1710,6 +1710,19 @@ class Outgoing(LoopbackTest):
         self.assertEqual(body["conversation"], {"at": "2025-01-02"})
         self.assertEqual(body["contact"]["metadata"], [{"at": ["red"]}])
 
+    def test_none_in_one_spelling_leaves_the_other(self):
+        part = {"kind": "file", "file": {"bytes": None, "bytes_": "eA=="}}
+        message = {
+            "role": "user",
+            "parts": [part],
+            "messageId": None,
+            "message_id": "x",
+        }
+        self.create(message=message)
+        sent = self.service.requests[-1].json()["message"]
+        self.assertEqual(sent["messageId"], "x")
+        self.assertEqual(sent["parts"][0]["file"], {"bytes": "eA=="})
+
     def test_free_form_values_without_a_json_form_are_refused_by_path(self):
         for value, path in REFUSALS:
             with self.subTest(value=value):
@@ -2281,6 +2294,27 @@ class Errors(LoopbackTest):
                     self.assertEqual(found, getattr(error, name, None))
                 if isinstance(error, orq_min.APIError):
                     self.assertEqual(again.headers["x-ID"], "7")
+
+    def test_a_key_function_without_a_key_ends_an_async_call(self):
+        async def call():
+            async with orq_min.Orq(iter(()).__next__) as orq:
+                create = orq.agents.responses.create_async
+                await asyncio.wait_for(create(agent_key="a", message="b"), 5)
+
+        with self.assertRaises(RuntimeError):
+            asyncio.run(call())
+
+    def test_a_debugger_that_looks_at_variables_does_no_harm(self):
+        def trace(frame, event, argument):
+            return trace if frame.f_locals is not None else None
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            answer = self.create(message="traced")
+        finally:
+            sys.settrace(before)
+        self.assertEqual(answer.text, "You said: traced")
 
 
 # ----------------------------------------------------------------------------
@@ -3004,6 +3038,18 @@ class StandardOutputHoldsTheAnswer(CommandTest):
         done = self.shell('"$@" >/dev/full', "my-agent", "--dry-run", "Hello")
         self.assertRegex(done.stderr.decode(), r"\Aorq_min: [^\n]+\n\Z")
         self.assertNotEqual(done.returncode, 0)
+
+    @posix_only
+    def test_a_full_standard_error_changes_no_exit_status(self):
+        cases = [
+            (["my-agent", "Hello"], 0),
+            (["unknown", "Hello"], 1),
+            (["--bogus"], 2),
+            (["my-agent", "Hello", "--no-retry", "--server-url", closed_url()], 3),
+        ]
+        for argv, status in cases:
+            done = self.shell('"$@" 2>/dev/full', *argv)
+            self.assertEqual(done.returncode, status, argv)
 
     @posix_only
     def test_closed_streams_do_no_harm(self):
@@ -4198,6 +4244,13 @@ class ConnectionsAreKept(WireTest):
         self.assertEqual(process.communicate(timeout=20), (b"", b""))
         self.assertEqual(process.returncode, 0)
 
+    def test_each_of_two_servers_keeps_its_connection(self):
+        wires = [self.wire(), self.wire()]
+        orq = self.client(wires[0])
+        for wire in wires * 3:
+            self.assertEqual(self.call(orq, server_url=wire.url), "hi")
+        self.assertEqual([len(wire.peers) for wire in wires], [1, 1])
+
     def test_idle_connections_of_a_burst_are_not_kept_for_ever(self):
         """Of those that were not used for 4 s, none is left open by later calls."""
         gate = threading.Barrier(8, timeout=5)
@@ -4463,6 +4516,13 @@ class AnswersAreBounded(WireTest):
     def test_the_bound_is_256_mib(self):
         self.assertEqual(orq_min.MAX_ANSWER_BYTES, 256 * 2**20)
 
+    def test_gzip_is_decoded_however_its_header_is_spelt(self):
+        for coding in ("gzip", "GZIP", "x-gzip", "gzip ", "identity, gzip"):
+            with self.subTest(coding):
+                packed = gzip.compress(saying("small"))
+                answer = reply(packed, "200 OK", "Content-Encoding: " + coding)
+                self.assertEqual(self.call(self.client(self.wire(answer))), "small")
+
     def test_a_larger_answer_is_an_error_that_says_so(self):
         large = saying("x" * 100000)
         packed = gzip.compress(large)
@@ -4573,6 +4633,17 @@ class RedirectsStayAtHome(WireTest):
             first = wire.requests[0]
             for request in wire.requests[1:]:
                 self.assertEqual(request._replace(path=first.path), first)
+
+    def test_the_host_may_be_spelt_in_another_way(self):
+        wire = self.wire()
+        url = wire.url.replace("127.0.0.1", "localhost")
+        wire.steps = [
+            reply(b"", "307 X", "Location: %s/one" % url.replace("local", "LOCAL")),
+            reply(b"", "307 X", "Location: /two"),
+            repeat_text,
+        ]
+        self.assertEqual(self.call(self.client(wire), server_url=url), "hi")
+        self.assertEqual([r.path for r in wire.requests[1:]], ["/one", "/two"])
 
     def test_the_sixth_redirect_is_an_error(self):
         wire = self.wire(reply(b"", "308 Moved", "Location: /round"))
@@ -4737,13 +4808,20 @@ class ProxiesTunnel(WireTest):
         self.assertNotIn("swordfish", text)
         self.assertNotIn(base64.b64encode(b"me:swordfish").decode(), text)
 
-    def test_a_refusal_to_forward_plain_http_names_the_status_too(self):
+    def test_a_refusal_to_forward_plain_http_is_no_answer_of_the_server(self):
         proxy = self.enter(Proxy("me:sesame"))
         orq = self.through(proxy, self.wire(), "me:swordfish")
-        error = self.failure(orq)  # an APIError: it cannot be told from the server's
+        error = self.failure(orq, orq_min.APIConnectionError)
+        self.assertFalse(error.sent)
         self.assertIn("407", str(error))
+        self.assertIn("(proxy %s)" % proxy.netloc, str(error))
         self.assert_no_password(error)
         self.assertEqual(len(proxy.requests), 1)
+
+    def test_a_407_without_a_proxy_is_an_answer_of_the_server(self):
+        wire = self.wire(reply(b'{"message": "who are you"}', "407 Who"))
+        error = self.failure(self.client(wire), orq_min.APIError)
+        self.assertEqual((error.status_code, error.message), (407, "who are you"))
 
     def test_the_password_of_a_bad_proxy_is_in_no_text(self):
         secret = base64.b64encode(b"me:swordfish")
@@ -4948,6 +5026,27 @@ class TheKeyIsInNoText(WireTest):
                     self.assert_masked(error, key, quoted.decode())
                     self.assert_masked(pickle.loads(pickle.dumps(error)), key, "\0")
                     self.assertNotIn(key, repr(orq) + repr(vars(orq)))
+
+    def test_each_usual_escaping_of_an_echoed_key_is_masked(self):
+        for key, echo in (
+            ("ab/cd+1", r"ab\/cd+1"),
+            ("sk/x", "sk%2fx"),
+            ("sk-\xe9x", r"sk-\u00E9x"),
+            ("a&b'c<d", "a&amp;b&#39;c&lt;d"),
+            ("k.k", "k.k kxk"),
+        ):
+            with self.subTest(key):
+                wire = self.wire(reply(b"<i>%s</i>" % echo.encode(), "403 No"))
+                options = {"server_url": wire.url, "retry_config": None}
+                error = self.failure(self.enter(orq_min.Orq(key, **options)))
+                shown = str(error).rpartition(": ")[2]
+                self.assertEqual(shown.replace(" kxk", ""), "<i>***</i>")
+
+    def test_an_empty_authorization_leaves_the_text_as_it_is(self):
+        wire = self.wire(reply(b"no key", "401 No"))
+        headers = {"Authorization": ""}
+        error = self.failure(self.client(wire), http_headers=headers)
+        self.assertTrue(str(error).endswith("401 Unauthorized: no key"), error)
 
     def assert_masked(self, error, *forms):
         self.assertTrue(until(lambda: ": " in self.stream.getvalue(), 1), "no log")
