@@ -252,6 +252,15 @@ class FileInURIFormat(_Checked):
 FileContent = Union[BinaryFormat, FileInURIFormat, Mapping[str, Any]]
 
 
+def _guess_mime_type(name: str) -> Optional[str]:
+    import mimetypes
+
+    mime_type, encoding = mimetypes.guess_type(name)
+    if encoding:  # what is sent of report.tar.gz is a gzip file
+        return "application/gzip" if encoding == "gzip" else None
+    return mime_type
+
+
 @dataclass(eq=False, repr=False)
 class FilePart(_Checked):
     """A file. `from_path` and `from_uri` build one, with the MIME type guessed."""
@@ -278,15 +287,6 @@ class FilePart(_Checked):
         path = re.split("[?#]", uri)[0] if isinstance(uri, str) else ""
         name = path.rpartition("/")[2]
         return cls(FileInURIFormat(uri, _guess_mime_type(name)))
-
-
-def _guess_mime_type(name: str) -> Optional[str]:
-    import mimetypes
-
-    mime_type, encoding = mimetypes.guess_type(name)
-    if encoding:  # what is sent of report.tar.gz is a gzip file
-        return "application/gzip" if encoding == "gzip" else None
-    return mime_type
 
 
 @dataclass(eq=False, repr=False)
@@ -472,6 +472,12 @@ class Telemetry(_Declared):
     span_id: str = _optional("the span in it")
 
 
+def _items(value: Any, kind: Type[T]) -> List[T]:
+    """Those of a list's items that came as the schema promises."""
+    items = value if isinstance(value, list) else []
+    return [item for item in items if isinstance(item, kind)]
+
+
 @dataclass(eq=False, repr=False)
 class CreateAgentResponseResponseBody(_Declared):
     """What the agent did: `text` is what it said, `raw` the whole decoded answer."""
@@ -496,12 +502,6 @@ class CreateAgentResponseResponseBody(_Declared):
                 found = [part.text for part in _items(message.parts, TextPart)]
                 texts.append("".join(text for text in found if isinstance(text, str)))
         return "\n".join(filter(None, texts))
-
-
-def _items(value: Any, kind: Type[T]) -> List[T]:
-    """Those of a list's items that came as the schema promises."""
-    items = value if isinstance(value, list) else []
-    return [item for item in items if isinstance(item, kind)]
 
 
 # ----------------------------------------------------------------------------
@@ -582,6 +582,25 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, abc.Sequence) and not isinstance(value, _TEXT_LIKE)
 
 
+def _no_model(
+    models: Sequence[Any], given: Mapping[Any, Any], path: str
+) -> Tuple[str, str]:
+    kinds: List[Any] = [getattr(model, "kind", None) for model in models]
+    if None in kinds:
+        names = [repr(next(iter(_json_fields(model)))) for model in models]
+        return path, f"must have {' or '.join(names)}"
+    missing = given.get("kind") is None
+    return _at(path, "kind"), "required" if missing else _one_of(*kinds)(None)
+
+
+def _unknown(name: Any, known: Sequence[str]) -> str:
+    import difflib
+
+    name = name[:80] if isinstance(name, str) else ""
+    close = difflib.get_close_matches(name, known, 1)
+    return "unknown field" + (f" (did you mean {close[0]!r}?)" if close else "")
+
+
 def _is_number(value: Any) -> bool:
     try:
         return type(value) in (int, float) and math.isfinite(value)
@@ -645,25 +664,6 @@ def _encode_object(
         known = list(_json_fields(model))
         problems += [(_at(path, name), _unknown(name, known)) for name in given]
     return encoded
-
-
-def _no_model(
-    models: Sequence[Any], given: Mapping[Any, Any], path: str
-) -> Tuple[str, str]:
-    kinds: List[Any] = [getattr(model, "kind", None) for model in models]
-    if None in kinds:
-        names = [repr(next(iter(_json_fields(model)))) for model in models]
-        return path, f"must have {' or '.join(names)}"
-    missing = given.get("kind") is None
-    return _at(path, "kind"), "required" if missing else _one_of(*kinds)(None)
-
-
-def _unknown(name: Any, known: Sequence[str]) -> str:
-    import difflib
-
-    name = name[:80] if isinstance(name, str) else ""
-    close = difflib.get_close_matches(name, known, 1)
-    return "unknown field" + (f" (did you mean {close[0]!r}?)" if close else "")
 
 
 def _encode_free(
@@ -857,6 +857,23 @@ def _should_retry(error: OrqError, config: Optional[RetryConfig]) -> bool:
     return any(s.upper() in (status, f"{status[0]}XX") for s in statuses)
 
 
+def _asked_wait(headers: http.client.HTTPMessage) -> Optional[float]:
+    """The seconds that the server asks for, where that makes sense."""
+    after = headers.get("retry-after", "")
+    waits: List[float] = []
+    for text, unit in ((headers.get("retry-after-ms", ""), 1000), (after, 1)):
+        if re.fullmatch(r"\s*[0-9]+(\.[0-9]+)?\s*", text):
+            waits.append(float(text) / unit)
+    try:  # a date is in GMT, said or not (RFC 9110, section 5.6.7)
+        date = email.utils.parsedate_to_datetime(after).replace(tzinfo=None)
+        zero = datetime.datetime(1970, 1, 1)
+        waits.append((date - zero).total_seconds() - time.time())
+    except (TypeError, ValueError, IndexError, OverflowError):
+        pass
+    sensible = (wait for wait in waits if 0 < wait <= MAX_TIMEOUT_MS / 1000)
+    return next(sensible, None)
+
+
 def _retry_wait(
     error: OrqError, config: RetryConfig, attempt: int, elapsed: float
 ) -> Optional[float]:
@@ -876,23 +893,6 @@ def _retry_wait(
         if backoff.jitter_ms is None:
             wait *= random.uniform(0.75, 1)
     return wait if elapsed + wait <= backoff.max_elapsed_time / 1000 else None
-
-
-def _asked_wait(headers: http.client.HTTPMessage) -> Optional[float]:
-    """The seconds that the server asks for, where that makes sense."""
-    after = headers.get("retry-after", "")
-    waits: List[float] = []
-    for text, unit in ((headers.get("retry-after-ms", ""), 1000), (after, 1)):
-        if re.fullmatch(r"\s*[0-9]+(\.[0-9]+)?\s*", text):
-            waits.append(float(text) / unit)
-    try:  # a date is in GMT, said or not (RFC 9110, section 5.6.7)
-        date = email.utils.parsedate_to_datetime(after).replace(tzinfo=None)
-        zero = datetime.datetime(1970, 1, 1)
-        waits.append((date - zero).total_seconds() - time.time())
-    except (TypeError, ValueError, IndexError, OverflowError):
-        pass
-    sensible = (wait for wait in waits if 0 < wait <= MAX_TIMEOUT_MS / 1000)
-    return next(sensible, None)
 
 
 # ----------------------------------------------------------------------------
@@ -1077,28 +1077,6 @@ def _host_and_port(netloc: str, default_port: int) -> Tuple[str, int]:
     return parts.hostname or "", parts.port or default_port
 
 
-def _dial(host: str, port: int, attempt: _Attempt) -> socket.socket:
-    """Connect to the first address that accepts; each has its share of the time.
-
-    The lookup of the name cannot be interrupted.
-    """
-    addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    for left in range(len(addresses), 0, -1):
-        family, kind, protocol, _, address = addresses[-left]
-        sock = socket.socket(family, kind, protocol)
-        try:
-            attempt.cancellation.watch(sock)
-            sock.settimeout(attempt.time_left() / left)
-            sock.connect(address)
-            _set_options(sock)
-            return sock
-        except BaseException as error:
-            sock.close()
-            if left == 1 or not isinstance(error, OSError):
-                raise
-    raise OSError("the name has no address")
-
-
 def _set_options(sock: socket.socket) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -1108,6 +1086,30 @@ def _set_options(sock: socket.socket) -> None:
             sock.setsockopt(socket.IPPROTO_TCP, option, KEEPALIVE_SECONDS)
 
 
+def _dial(host: str, port: int, attempt: _Attempt) -> socket.socket:
+    """Connect to the first address that accepts; each has its share of the time.
+
+    The lookup of the name cannot be interrupted.
+    """
+    addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    for left in range(len(addresses), 0, -1):
+        family, kind, protocol, _, address = addresses[-left]
+        sock: Optional[socket.socket] = None
+        try:
+            sock = socket.socket(family, kind, protocol)
+            attempt.cancellation.watch(sock)
+            sock.settimeout(attempt.time_left() / left)
+            sock.connect(address)
+            _set_options(sock)
+            return sock
+        except BaseException as error:
+            if sock is not None:
+                sock.close()
+            if left == 1 or not isinstance(error, OSError):
+                raise
+    raise OSError("the name has no address")
+
+
 class _ProxyRefusal(OSError):
     """A proxy that opened no tunnel."""
 
@@ -1115,6 +1117,35 @@ class _ProxyRefusal(OSError):
 class _Reader(io.BufferedReader):
     def close(self) -> None:
         """Stay open: http.client closes after an answer, but others may follow."""
+
+
+def _is_framed(answer: _Answer) -> bool:
+    """Whether the end of the answer is beyond doubt (RFC 9112, section 6.3)."""
+    lengths = answer.headers.get_all("content-length", [])
+    codings = answer.headers.get_all("transfer-encoding", [])
+    if answer.headers.defects or answer.status in (101, 204, 304):
+        return False
+    if codings:
+        return not lengths and codings == ["chunked"]
+    return len(lengths) == 1 and lengths[0].isdigit()
+
+
+def _read_answer(response: http.client.HTTPResponse) -> _Answer:
+    """The whole answer; raises if it breaks off."""
+    body = bytearray()
+    source: Any = response
+    if "gzip" in response.headers.get("content-encoding", "").lower():
+        import gzip
+
+        source = gzip.GzipFile(fileobj=source)
+    for block in iter(lambda: source.read(BLOCK_BYTES), b""):
+        if len(body) + len(block) > MAX_ANSWER_BYTES:
+            problem = f"the answer is larger than {MAX_ANSWER_BYTES / 2**20:g} MiB"
+            return _Answer(response.status, response.headers, bytearray(), problem)
+        body += block
+    if response.length:  # at an early end, read(amount) just returns b""
+        raise http.client.IncompleteRead(b"", response.length)
+    return _Answer(response.status, response.headers, body)
 
 
 class _Connection(io.RawIOBase):
@@ -1238,35 +1269,6 @@ class _Connection(io.RawIOBase):
         return False
 
 
-def _is_framed(answer: _Answer) -> bool:
-    """Whether the end of the answer is beyond doubt (RFC 9112, section 6.3)."""
-    lengths = answer.headers.get_all("content-length", [])
-    codings = answer.headers.get_all("transfer-encoding", [])
-    if answer.headers.defects or answer.status in (101, 204, 304):
-        return False
-    if codings:
-        return not lengths and codings == ["chunked"]
-    return len(lengths) == 1 and lengths[0].isdigit()
-
-
-def _read_answer(response: http.client.HTTPResponse) -> _Answer:
-    """The whole answer; raises if it breaks off."""
-    body = bytearray()
-    source: Any = response
-    if "gzip" in response.headers.get("content-encoding", "").lower():
-        import gzip
-
-        source = gzip.GzipFile(fileobj=source)
-    for block in iter(lambda: source.read(BLOCK_BYTES), b""):
-        if len(body) + len(block) > MAX_ANSWER_BYTES:
-            problem = f"the answer is larger than {MAX_ANSWER_BYTES / 2**20:g} MiB"
-            return _Answer(response.status, response.headers, bytearray(), problem)
-        body += block
-    if response.length:  # at an early end, read(amount) just returns b""
-        raise http.client.IncompleteRead(b"", response.length)
-    return _Answer(response.status, response.headers, body)
-
-
 class _ConnectionHandler(urllib.request.BaseHandler):
     """Performs an attempt for urllib's opener, on a kept connection or a new one."""
 
@@ -1360,6 +1362,57 @@ class _ConnectionHandler(urllib.request.BaseHandler):
         return connection
 
 
+def _redirect_target(url: str, location: str) -> str:
+    try:
+        location = urllib.parse.quote(location, string.punctuation)
+        return urllib.parse.urljoin(url, location).partition("#")[0]
+    except ValueError:
+        return location
+
+
+def _explain(error: Exception, attempt: _Attempt) -> Tuple[str, bool]:
+    """(what went wrong, whether another attempt may do better)."""
+    if isinstance(error, socket.timeout) and not error.errno:  # ours, no ETIMEDOUT
+        return f"no complete answer within {attempt.prepared.timeout:g} s", True
+    if isinstance(error, _ProxyRefusal):
+        return f"the proxy refused with {error}", False
+    if isinstance(error, socket.gaierror):
+        what = f"no address found for {attempt.host} ({error.strerror})"
+        return what, error.errno == socket.EAI_AGAIN
+    if hasattr(error, "verify_message"):  # ssl.SSLCertVerificationError
+        what = f"the certificate was not accepted ({error.verify_message})"
+        advice = "set SSL_CERT_FILE to its certificate, or pass an ssl_context"
+        return f"{what}; for a private authority, {advice}", False
+    if isinstance(error, ValueError) and not attempt.sent:
+        return "what the environment names is not the URL of an HTTP proxy", False
+    if isinstance(error, http.client.RemoteDisconnected):
+        return "the connection was closed without an answer", True
+    if isinstance(error, (http.client.IncompleteRead, EOFError)):
+        return "the answer broke off", True
+    if isinstance(error, (http.client.HTTPException, ValueError)):
+        return f"what came is not HTTP ({type(error).__name__})", True
+    what = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return what, attempt.sent or isinstance(error, OSError)
+
+
+def _connection_error(error: Exception, attempt: _Attempt) -> APIConnectionError:
+    """What a failure means for the caller and for the retry policy."""
+    mask = attempt.prepared.mask
+    late = isinstance(error, (socket.timeout, TimeoutError))
+    what, temporary = _explain(error, attempt)
+    if attempt.host != urllib.parse.urlsplit(attempt.full_url).netloc:
+        what += f" (proxy {attempt.host})"
+    outcome = "the agent may have run, but" if attempt.sent else "not sent:"
+    text = mask(f"{attempt.get_method()} {attempt.full_url}: {outcome} {what}")
+    failure = (APITimeoutError if late else APIConnectionError)(text)
+    failure.sent, failure.temporary = attempt.sent, temporary
+    # a traceback shows the cause too, where what the server wrote may be quoted
+    error.__cause__ = error.__context__ = None
+    if isinstance(error, (http.client.HTTPException, ValueError)):
+        error.args = (what,)
+    return failure
+
+
 class _Transport:
     """Brings a prepared request to its server, and a complete answer back."""
 
@@ -1416,57 +1469,6 @@ class _Transport:
                 _log.debug("%s: %s in %.3f s", url, result, seconds)
 
 
-def _redirect_target(url: str, location: str) -> str:
-    try:
-        location = urllib.parse.quote(location, string.punctuation)
-        return urllib.parse.urljoin(url, location).partition("#")[0]
-    except ValueError:
-        return location
-
-
-def _connection_error(error: Exception, attempt: _Attempt) -> APIConnectionError:
-    """What a failure means for the caller and for the retry policy."""
-    mask = attempt.prepared.mask
-    late = isinstance(error, (socket.timeout, TimeoutError))
-    what, temporary = _explain(error, attempt)
-    if attempt.host != urllib.parse.urlsplit(attempt.full_url).netloc:
-        what += f" (proxy {attempt.host})"
-    outcome = "the agent may have run, but" if attempt.sent else "not sent:"
-    text = mask(f"{attempt.get_method()} {attempt.full_url}: {outcome} {what}")
-    failure = (APITimeoutError if late else APIConnectionError)(text)
-    failure.sent, failure.temporary = attempt.sent, temporary
-    # a traceback shows the cause too, where what the server wrote may be quoted
-    error.__cause__ = error.__context__ = None
-    if isinstance(error, (http.client.HTTPException, ValueError)):
-        error.args = (what,)
-    return failure
-
-
-def _explain(error: Exception, attempt: _Attempt) -> Tuple[str, bool]:
-    """(what went wrong, whether another attempt may do better)."""
-    if isinstance(error, socket.timeout) and not error.errno:  # ours, no ETIMEDOUT
-        return f"no complete answer within {attempt.prepared.timeout:g} s", True
-    if isinstance(error, _ProxyRefusal):
-        return f"the proxy refused with {error}", False
-    if isinstance(error, socket.gaierror):
-        what = f"no address found for {attempt.host} ({error.strerror})"
-        return what, error.errno == socket.EAI_AGAIN
-    if hasattr(error, "verify_message"):  # ssl.SSLCertVerificationError
-        what = f"the certificate was not accepted ({error.verify_message})"
-        advice = "set SSL_CERT_FILE to its certificate, or pass an ssl_context"
-        return f"{what}; for a private authority, {advice}", False
-    if isinstance(error, ValueError) and not attempt.sent:
-        return "what the environment names is not the URL of an HTTP proxy", False
-    if isinstance(error, http.client.RemoteDisconnected):
-        return "the connection was closed without an answer", True
-    if isinstance(error, (http.client.IncompleteRead, EOFError)):
-        return "the answer broke off", True
-    if isinstance(error, (http.client.HTTPException, ValueError)):
-        return f"what came is not HTTP ({type(error).__name__})", True
-    what = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return what, attempt.sent or isinstance(error, OSError)
-
-
 # ----------------------------------------------------------------------------
 # Client
 # ----------------------------------------------------------------------------
@@ -1494,6 +1496,20 @@ def _api_error(prepared: PreparedRequest, answer: _Answer, text: str) -> APIErro
     error.status_code, error.headers = answer.status, answer.headers
     error.body, error.data, error.message = text, data, words or phrase
     return error
+
+
+def _first(*values: Any) -> Any:
+    """The first that was given."""
+    return next((value for value in values if value is not None), None)
+
+
+def _add_extra(content: Dict[str, Any], extra: Any, problems: Problems) -> None:
+    encoded = _encode(_OBJECT, extra, "extra_body", problems)
+    named = _json_fields(CreateAgentResponseRequestBody)
+    for name, value in (encoded or {}).items():
+        if name in named:
+            problems.append((_at("extra_body", name), "is a parameter of its own"))
+        content[name] = value
 
 
 def _same_parameters(
@@ -1681,20 +1697,6 @@ class Responses:
         raise _api_error(prepared, answer, text)
 
 
-def _first(*values: Any) -> Any:
-    """The first that was given."""
-    return next((value for value in values if value is not None), None)
-
-
-def _add_extra(content: Dict[str, Any], extra: Any, problems: Problems) -> None:
-    encoded = _encode(_OBJECT, extra, "extra_body", problems)
-    named = _json_fields(CreateAgentResponseRequestBody)
-    for name, value in (encoded or {}).items():
-        if name in named:
-            problems.append((_at("extra_body", name), "is a parameter of its own"))
-        content[name] = value
-
-
 class Agents:
     """The operations of `orq.agents`."""
 
@@ -1775,6 +1777,21 @@ def create_response(
 # ----------------------------------------------------------------------------
 # Command line
 # ----------------------------------------------------------------------------
+
+
+def _print(stream: Any, text: str) -> None:
+    """Print in any locale: what the stream cannot show is escaped."""
+    if stream is None:
+        return
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    try:
+        stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+        stream.flush()
+    except OSError:
+        # what is still held back must not fail again when Python ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        if stream is not sys.stderr:  # whose failure changes no outcome
+            raise
 
 
 def _option_parser() -> "argparse.ArgumentParser":
@@ -1865,6 +1882,26 @@ def _read_option(name: str, value: Any) -> Any:
     return merged if value else None
 
 
+def _tool_result(text: str) -> ToolResultPart:
+    # an id may end in "=" (base64), with which no JSON begins
+    match = re.match(r'(.+?)=\s*([@[{"0-9-]|true|false|null)', text, re.DOTALL)
+    if not match:
+        raise ValidationError([("--tool-result", f"{text!r} is not CALL_ID=JSON")])
+    call_id, result = match[1], text[match.start(2) :]
+    return ToolResultPart(call_id, _json_option("--tool-result", result))
+
+
+def _read_stdin(fail: Callable[[str], "NoReturn"]) -> str:
+    if sys.stdin is None or sys.stdin.isatty():
+        fail("MESSAGE is missing")
+    try:
+        data = getattr(sys.stdin, "buffer", sys.stdin).read()
+        text = data if isinstance(data, str) else data.decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"standard input cannot be read as UTF-8 text: {error}")
+    return re.sub(r"\r?\n$", "", text)
+
+
 def _read_message(options: Any) -> Any:
     """What MESSAGE, --message, --file, --tool-result and standard input say."""
     fail = options.fail
@@ -1888,41 +1925,6 @@ def _read_message(options: Any) -> Any:
     if not parts:
         fail("the message is empty")
     return A2AMessage("user", parts)
-
-
-def _tool_result(text: str) -> ToolResultPart:
-    # an id may end in "=" (base64), with which no JSON begins
-    match = re.match(r'(.+?)=\s*([@[{"0-9-]|true|false|null)', text, re.DOTALL)
-    if not match:
-        raise ValidationError([("--tool-result", f"{text!r} is not CALL_ID=JSON")])
-    call_id, result = match[1], text[match.start(2) :]
-    return ToolResultPart(call_id, _json_option("--tool-result", result))
-
-
-def _read_stdin(fail: Callable[[str], "NoReturn"]) -> str:
-    if sys.stdin is None or sys.stdin.isatty():
-        fail("MESSAGE is missing")
-    try:
-        data = getattr(sys.stdin, "buffer", sys.stdin).read()
-        text = data if isinstance(data, str) else data.decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        fail(f"standard input cannot be read as UTF-8 text: {error}")
-    return re.sub(r"\r?\n$", "", text)
-
-
-def _print(stream: Any, text: str) -> None:
-    """Print in any locale: what the stream cannot show is escaped."""
-    if stream is None:
-        return
-    encoding = getattr(stream, "encoding", None) or "utf-8"
-    try:
-        stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
-        stream.flush()
-    except OSError:
-        # what is still held back must not fail again when Python ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        if stream is not sys.stderr:  # whose failure changes no outcome
-            raise
 
 
 def _print_answer(answer: CreateAgentResponseResponseBody, options: Any) -> None:

@@ -4244,6 +4244,14 @@ class ConnectionsAreKept(WireTest):
         self.assertEqual(process.communicate(timeout=20), (b"", b""))
         self.assertEqual(process.returncode, 0)
 
+    def test_an_address_that_this_machine_cannot_use_is_passed_over(self):
+        wire = self.wire()
+        found = socket.getaddrinfo("127.0.0.1", 80, type=socket.SOCK_STREAM)
+        port = int(wire.netloc.rpartition(":")[2])
+        good = (*found[0][:4], ("127.0.0.1", port))
+        with mock.patch("socket.getaddrinfo", return_value=[(999, *good[1:]), good]):
+            self.assertEqual(self.call(self.client(wire)), "hi")
+
     def test_each_of_two_servers_keeps_its_connection(self):
         wires = [self.wire(), self.wire()]
         orq = self.client(wires[0])
