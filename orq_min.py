@@ -1233,7 +1233,9 @@ class _Connection(io.RawIOBase):
         broken: Optional[Exception] = None
         method = attempt.prepared.method
         head = [f"{method} {attempt.selector} HTTP/1.1"]
-        head += [f"{name.title()}: {value}" for name, value in attempt.header_items()]
+        # only the proxy handler has given the attempt headers of its own
+        headers = [*attempt.prepared.headers.items(), *attempt.header_items()]
+        head += [f"{name}: {value}" for name, value in headers]
         start = "\r\n".join([*head, "", ""]).encode("latin-1")
         body = attempt.prepared.body
         try:  # head and body in one packet where they fit
@@ -1436,8 +1438,7 @@ class _Transport:
         home, _ = _read_server_url(url)
         deadline = time.monotonic() + prepared.timeout
         for _ in range(MAX_REDIRECTS + 1):
-            method, body, headers = prepared.method, prepared.body, prepared.headers
-            attempt = _Attempt(url, body, headers, method=method)
+            attempt = _Attempt(url, prepared.body, method=prepared.method)
             attempt.prepared, attempt.cancellation = prepared, stop
             attempt.deadline = deadline
             answer = self._open(attempt)
@@ -1638,10 +1639,13 @@ class Responses:
         content = _encode_object((type(body),), body, "", problems)
         if extra_body is not None:
             _add_extra(content, extra_body, problems)
-        server = os.environ.get("ORQ_BASE_URL", "").strip() or DEFAULT_SERVER
-        server = _first(server_url, self._server_url, server)
+        server = _first(server_url, self._server_url)
+        if server is None:
+            server = os.environ.get("ORQ_BASE_URL", "").strip() or DEFAULT_SERVER
         url = _operation_url(server, agent_key, problems)
-        key = _first(self._api_key, os.environ.get("ORQ_API_KEY"))
+        key = self._api_key
+        if key is None:
+            key = os.environ.get("ORQ_API_KEY")
         headers = _request_headers(
             key() if callable(key) else key, http_headers, problems
         )
@@ -2034,6 +2038,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return 130
     finally:
         _log.removeHandler(handler)
+        _log.setLevel(logging.NOTSET)
 
 
 if __name__ == "__main__":
