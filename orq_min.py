@@ -1499,11 +1499,6 @@ def _api_error(prepared: PreparedRequest, answer: _Answer, text: str) -> APIErro
     return error
 
 
-def _first(*values: Any) -> Any:
-    """The first that was given."""
-    return next((value for value in values if value is not None), None)
-
-
 def _add_extra(content: Dict[str, Any], extra: Any, problems: Problems) -> None:
     encoded = _encode(_OBJECT, extra, "extra_body", problems)
     named = _json_fields(CreateAgentResponseRequestBody)
@@ -1517,11 +1512,7 @@ def _same_parameters(
     function: "Callable[P, Any]",
 ) -> "Callable[[Callable[..., T]], Callable[P, T]]":
     """Show one function's parameters for another, to help() and type checkers."""
-
-    def decorate(other: "Callable[..., T]") -> "Callable[P, T]":
-        return functools.update_wrapper(other, function, assigned=())
-
-    return decorate
+    return lambda other: functools.update_wrapper(other, function, assigned=())
 
 
 def _with_body_fields(function: T) -> T:
@@ -1639,7 +1630,7 @@ class Responses:
         content = _encode_object((type(body),), body, "", problems)
         if extra_body is not None:
             _add_extra(content, extra_body, problems)
-        server = _first(server_url, self._server_url)
+        server = self._server_url if server_url is None else server_url
         if server is None:
             server = os.environ.get("ORQ_BASE_URL", "").strip() or DEFAULT_SERVER
         url = _operation_url(server, agent_key, problems)
@@ -1649,7 +1640,8 @@ class Responses:
         headers = _request_headers(
             key() if callable(key) else key, http_headers, problems
         )
-        timeout = _first(timeout_ms, self._timeout_ms, DEFAULT_TIMEOUT_MS)
+        timeout = self._timeout_ms if timeout_ms is None else timeout_ms
+        timeout = DEFAULT_TIMEOUT_MS if timeout is None else timeout
         timeout = _encode(_NUMBER, timeout, "timeout_ms", problems)
         if timeout is not None and not 0 < timeout <= MAX_TIMEOUT_MS:
             problems.append(("timeout_ms", f"must be above 0, up to {MAX_TIMEOUT_MS}"))
@@ -1773,7 +1765,7 @@ def create_response(
     extra_body: Optional[Mapping[str, Any]] = None,
 ) -> CreateAgentResponseResponseBody:
     """Make one call, with a client of its own. See `Orq` and `Responses.create`."""
-    given = dict(locals())
+    given = dict(locals())  # a test holds the parameters to those of `create`
     with Orq(given.pop("api_key"), ssl_context=given.pop("ssl_context")) as orq:
         return orq.agents.responses.create(**given)
 

@@ -2546,7 +2546,11 @@ class ToPlayWith(unittest.TestCase):
         self.assertRegex(out.decode(), r"python3 .*orq_min\.py my-agent 'Hi \"there\"'")
         self.assertIn(b'\nYou said: Hi "there"\n', out)
 
+    @unittest.skipIf(os.name == "nt", "there is no SIGINT to send")
     def test_serve_runs_until_ctrl_c(self):
+        # where a shell's `&` has it ignored, a child would inherit that
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        self.addCleanup(signal.signal, signal.SIGINT, before)
         with self.start("serve") as process:
             lines = [process.stdout.readline().decode() for _ in range(4)]
             given = dict(re.findall(r"export (\w+)=(\S+)\n", "".join(lines)))
