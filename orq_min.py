@@ -443,8 +443,8 @@ class CreateAgentResponseUsage(_Declared):
     completion_tokens: float = _optional("came out")
     prompt_tokens: float = _optional("went in")
     total_tokens: float = _optional("both together")
-    prompt_tokens_details: Optional[PromptTokensDetails] = _optional("kinds")
-    completion_tokens_details: Optional[CompletionTokensDetails] = _optional("kinds")
+    prompt_tokens_details: Optional[PromptTokensDetails] = _optional("by kind")
+    completion_tokens_details: Optional[CompletionTokensDetails] = _optional("by kind")
 
 
 @dataclass(eq=False, repr=False)
@@ -825,11 +825,13 @@ class RetryConfig(_Checked):
     them (True), none (False), or those after which the agent cannot have run (None).
     """
 
-    strategy: str = _optional("how", "", _one_of("backoff", "none"), default="backoff")
+    strategy: str = _optional(
+        "'none' tries once", "", _one_of("backoff", "none"), default="backoff"
+    )
     backoff: BackoffStrategy = field(
         default_factory=BackoffStrategy, metadata=_about("how long to wait")
     )
-    retry_connection_errors: Optional[bool] = _optional("see above", default=True)
+    retry_connection_errors: Optional[bool] = _optional("as above", default=True)
     status_codes_override: Optional[Sequence[str]] = _optional(
         "instead of 429, 500, 502, 503 and 504", "", _no_statuses
     )
