@@ -4830,6 +4830,15 @@ class ProxiesTunnel(WireTest):
         self.assert_no_password(error)
         self.assertEqual(len(proxy.requests), 1)
 
+    def test_a_proxy_of_another_kind_gets_nothing(self):
+        other, wire = self.wire(), self.wire()
+        os.environ["http_proxy"] = "socks5://me:swordfish@" + other.netloc
+        error = self.failure(self.client(wire), orq_min.APIConnectionError)
+        self.assertEqual((error.sent, error.temporary), (False, False))
+        self.assertIn("not the URL of an HTTP proxy", str(error))
+        self.assert_no_password(error)
+        self.assertEqual((other.peers, wire.peers), ([], []))
+
     def test_a_407_without_a_proxy_is_an_answer_of_the_server(self):
         wire = self.wire(reply(b'{"message": "who are you"}', "407 Who"))
         error = self.failure(self.client(wire), orq_min.APIError)
