@@ -36,6 +36,7 @@ import email.utils
 import enum
 import functools
 import http.client
+import inspect
 import io
 import json
 import logging
@@ -792,6 +793,10 @@ def _server_words(data: Any) -> str:
 # ----------------------------------------------------------------------------
 
 
+# What the official client retries unless it is told otherwise.
+RETRIED_STATUSES = ("429", "500", "502", "503", "504")
+
+
 def _negative(value: float) -> str:
     return "must not be negative" if value < 0 else ""
 
@@ -811,7 +816,7 @@ class BackoffStrategy(_Checked):
     initial_interval: float = _optional("first wait", "", _negative, default=500)
     max_interval: float = _optional("longest wait", "", _negative, default=60_000)
     exponent: float = _optional("growth of the wait", "", _negative, default=1.5)
-    max_elapsed_time: float = _optional("for all", "", _negative, default=3_600_000)
+    max_elapsed_time: float = _optional("time in all", "", _negative, default=3_600_000)
     jitter_ms: Optional[float] = _optional("most to add at random", "", _negative)
 
 
@@ -821,6 +826,7 @@ class RetryConfig(_Checked):
 
     As in the official client, the defaults may run an agent twice; DEFAULT_RETRY,
     which a client has by default, does not.
+
     `retry_connection_errors` is about attempts without a complete answer: all of
     them (True), none (False), or those after which the agent cannot have run (None).
     """
@@ -833,7 +839,7 @@ class RetryConfig(_Checked):
     )
     retry_connection_errors: Optional[bool] = _optional("as above", default=True)
     status_codes_override: Optional[Sequence[str]] = _optional(
-        "instead of 429, 500, 502, 503 and 504", "", _no_statuses
+        f"instead of {', '.join(RETRIED_STATUSES)}", "", _no_statuses
     )
 
 
@@ -855,7 +861,7 @@ def _should_retry(error: OrqError, config: Optional[RetryConfig]) -> bool:
     status = str(error.status_code)
     statuses = config.status_codes_override
     if statuses is None:
-        statuses = ("429", "500", "502", "503", "504")
+        statuses = RETRIED_STATUSES
     return any(s.upper() in (status, f"{status[0]}XX") for s in statuses)
 
 
@@ -1484,8 +1490,9 @@ def _one_line(text: str) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
-def _api_error(prepared: PreparedRequest, answer: _Answer, text: str) -> APIError:
-    data = _decode_json(text)
+def _api_error(
+    prepared: PreparedRequest, answer: _Answer, text: str, data: Any
+) -> APIError:
     words = prepared.mask(_server_words(data))
     quoted = words or prepared.mask(text)
     shown = _one_line(quoted[:QUOTED_CHARACTERS])
@@ -1520,7 +1527,7 @@ def _same_parameters(
 def _with_body_fields(function: T) -> T:
     """Complete the docstring from the fields of the body."""
     _, _, about = (CreateAgentResponseRequestBody.__doc__ or "").partition("\n")
-    function.__doc__ = f"{function.__doc__}{about}"
+    function.__doc__ = inspect.cleandoc(function.__doc__ or "") + about
     return function
 
 
@@ -1585,6 +1592,7 @@ class Responses:
 
         Raises ValidationError before anything is sent, APIError for any answer but a
         usable 200, and APIConnectionError or APITimeoutError without one.
+
             agent_key: the agent's key or id
             retries: what to try again; None tries once (default: the client's)
             server_url: (default: the client's)
@@ -1689,10 +1697,10 @@ class Responses:
     ) -> CreateAgentResponseResponseBody:
         answer = self._transport.exchange(prepared, stop)
         text = answer.body.decode(json.detect_encoding(answer.body), "replace")
-        data = _decode_json(text) if answer.status == 200 else None
-        if isinstance(data, dict) and not answer.problem:
+        data = _decode_json(text)
+        if answer.status == 200 and isinstance(data, dict) and not answer.problem:
             return _decode_answer(data)
-        raise _api_error(prepared, answer, text)
+        raise _api_error(prepared, answer, text, data)
 
 
 class Agents:
