@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT-0
 # orq_min.py 1.0.0: Orq.ai's create-response operation in one file.
-# ruff: noqa: I001, RUF009, UP006, UP007, UP035, UP041, UP045 (it runs on Python 3.7)
+# ruff: noqa: I001, RUF009, UP006, UP007, UP017, UP035, UP041, UP045 (it runs on Python 3.7)
 """Send a message to an Orq.ai agent and get back what it did.
 
 One file, Python 3.7 or newer, the standard library alone: copy it and import it.
@@ -58,14 +58,14 @@ from typing import Optional, Sequence, Tuple, Type, TypeVar, Union, cast
 
 if TYPE_CHECKING:  # what Python 3.7 lacks, or a call may not need
     import argparse
-    import ssl
-    from typing import Hashable, NoReturn, ParamSpec, Self
+    from ssl import SSLContext
+    from typing import Concatenate, Hashable, NoReturn, ParamSpec, Self
 
     P = ParamSpec("P")
+else:
+    SSLContext = Any
 
-# ----------------------------------------------------------------------------
-# Constants
-# ----------------------------------------------------------------------------
+# --- Constants --------------------------------------------------------------
 
 __version__ = "1.0.0"
 
@@ -75,6 +75,7 @@ MAX_TIMEOUT_MS = 2**31 - 1  # the most that a socket's timeout can hold
 MAX_ANSWER_BYTES = 256 * 2**20
 MAX_REDIRECTS = 5
 MAX_NESTING = 100  # levels of a free-form value; json gives up near 1000
+MAX_NUMBER = sys.float_info.max
 MAX_INTEGER_BITS = 2_000  # about 600 digits; Python may be set to refuse 641
 IDLE_SECONDS = 4.0  # many servers close an idle connection after 5
 KEEPALIVE_SECONDS = 60  # a NAT forgets a silent connection after some minutes
@@ -94,10 +95,7 @@ class _Unset:
 
 UNSET: Any = _Unset()  # "not given", for a parameter to which None means something
 
-# ----------------------------------------------------------------------------
-# Errors
-# ----------------------------------------------------------------------------
-
+# --- Errors -----------------------------------------------------------------
 # Each takes its text as the first argument, and needs no other to be built: that is
 # how pickle and copy build it before they restore its attributes.
 
@@ -150,20 +148,18 @@ class APITimeoutError(APIConnectionError):
     """No complete answer came in time."""
 
 
-# ----------------------------------------------------------------------------
-# Request types
-# ----------------------------------------------------------------------------
-
+# --- Request types ----------------------------------------------------------
 # A field is declared once: its type, one line about it, its JSON name where that
-# differs, and a check where the type does not say all. Checking, JSON, the class's
-# docstring and the command line's options follow. The rules are those of the
-# service's published schema (operation CreateAgentResponse).
+# differs, and a check where the type does not say all. Checking, JSON, docstrings and
+# the command line's options follow. The rules are those of the service's published
+# schema (operation CreateAgentResponse).
 
 
-def _about(
-    text: str, json_name: str = "", check: Optional[Callable[[Any], str]] = None
-) -> Dict[str, Any]:
-    """A field's metadata; `check` returns what is wrong with a value, or ''."""
+Check = Optional[Callable[[Any], str]]  # returns what is wrong with a value, or ""
+
+
+def _about(text: str, json_name: Optional[str] = "", check: Check = None) -> Any:
+    """A field's metadata; its JSON name is its own where "", and None outside JSON."""
     return {"about": text, "json_name": json_name, "check": check}
 
 
@@ -190,10 +186,7 @@ def _base64_problem(value: str) -> str:
 
 
 class _Declared:
-    """Base of the dataclasses: completes the docstring from the fields.
-
-    Its methods stand in for those that dataclass would compile at each import.
-    """
+    """Base of the dataclasses: completes the docstring from the fields."""
 
     def __init_subclass__(cls) -> None:
         lines = [cls.__doc__ or cls.__name__, ""]
@@ -201,16 +194,6 @@ class _Declared:
             if isinstance(value, Field) and value.metadata:
                 lines.append(f"    {name}: {value.metadata['about']}")
         cls.__doc__ = "\n".join(lines)
-
-    def __eq__(self, other: object) -> bool:
-        if type(self) is not type(other):
-            return NotImplemented
-        return vars(self) == vars(other)
-
-    def __repr__(self) -> str:
-        shown = [item.name for item in fields(cast(Any, self)) if item.repr]
-        values = ", ".join(f"{name}={getattr(self, name)!r}" for name in shown)
-        return f"{type(self).__name__}({values})"
 
 
 class _Checked(_Declared):
@@ -224,15 +207,13 @@ class _Checked(_Declared):
             raise ValidationError(problems)
 
 
-@dataclass(eq=False, repr=False)
+@dataclass
 class TextPart(_Checked):
-    """Text."""
-
     text: str = field(metadata=_about("the text"))
     kind: str = _kind("text")
 
 
-@dataclass(eq=False, repr=False)
+@dataclass
 class BinaryFormat(_Checked):
     """The content of a file."""
 
@@ -241,9 +222,9 @@ class BinaryFormat(_Checked):
     name: Optional[str] = _optional("name of the file")
 
 
-@dataclass(eq=False, repr=False)
+@dataclass
 class FileInURIFormat(_Checked):
-    """Where a file is to be had."""
+    """Where the content of a file is to be had."""
 
     uri: str = field(metadata=_about("URL of the content"))
     mime_type: Optional[str] = _optional("MIME type", "mimeType")
@@ -262,7 +243,7 @@ def _guess_mime_type(name: str) -> Optional[str]:
     return mime_type
 
 
-@dataclass(eq=False, repr=False)
+@dataclass
 class FilePart(_Checked):
     """A file. `from_path` and `from_uri` build one, with the MIME type guessed."""
 
@@ -285,12 +266,11 @@ class FilePart(_Checked):
     @classmethod
     def from_uri(cls, uri: str) -> "FilePart":
         """Attach a file that the service fetches."""
-        path = re.split("[?#]", uri)[0] if isinstance(uri, str) else ""
-        name = path.rpartition("/")[2]
-        return cls(FileInURIFormat(uri, _guess_mime_type(name)))
+        path = re.split("[?#]", str(uri))[0]
+        return cls(FileInURIFormat(uri, _guess_mime_type(path.rpartition("/")[2])))
 
 
-@dataclass(eq=False, repr=False)
+@dataclass
 class ToolResultPart(_Checked):
     """The result of a tool call that the agent waits for."""
 
@@ -303,7 +283,7 @@ class ToolResultPart(_Checked):
 InputPart = Union[TextPart, FilePart, ToolResultPart, Mapping[str, Any]]
 
 
-@dataclass(eq=False, repr=False)
+@dataclass
 class A2AMessage(_Checked):
     """A message to the agent."""
 
@@ -314,7 +294,7 @@ class A2AMessage(_Checked):
     message_id: Optional[str] = _optional("a ULID", "messageId")
 
 
-@dataclass(eq=False, repr=False)
+@dataclass
 class Contact(_Checked):
     """On whose behalf the agent runs. The service makes one that it doesn't know."""
 
@@ -326,7 +306,7 @@ class Contact(_Checked):
     tags: Optional[Sequence[str]] = _optional("any texts")
 
 
-@dataclass(eq=False, repr=False)
+@dataclass
 class CreateAgentResponseThread(_Checked):
     """What groups requests that belong together."""
 
@@ -334,7 +314,7 @@ class CreateAgentResponseThread(_Checked):
     tags: Optional[Sequence[str]] = _optional("any texts")
 
 
-@dataclass(eq=False, repr=False)
+@dataclass
 class Memory(_Checked):
     """Whose memories the agent uses."""
 
@@ -346,43 +326,21 @@ ContactLike = Union[Contact, Mapping[str, Any]]
 ThreadLike = Union[CreateAgentResponseThread, Mapping[str, Any]]
 MemoryLike = Union[Memory, Mapping[str, Any]]
 
-
-@dataclass(eq=False, repr=False)
-class CreateAgentResponseRequestBody(_Declared):
-    """What a request carries."""
-
-    message: MessageLike = field(metadata=_about("the message, or a user's text"))
-    task_id: Optional[str] = _optional("id of an inactive task to continue")
-    variables: Optional[Mapping[str, Any]] = _optional("values for the templates")
-    contact: Optional[ContactLike] = _optional("on whose behalf the agent runs")
-    thread: Optional[ThreadLike] = _optional("what groups requests")
-    memory: Optional[MemoryLike] = _optional("whose memories the agent uses")
-    metadata: Optional[Mapping[str, Any]] = _optional("any values, for the traces")
-    background: Optional[bool] = _optional(
-        "answer at once, while the agent runs on", default=False
-    )
-
-
-# ----------------------------------------------------------------------------
-# Answer types
-# ----------------------------------------------------------------------------
-
+# --- Answer types -----------------------------------------------------------
 # The annotations are what the schema promises. What comes is not checked but kept:
 # a field that did not come is None, one of another type stays as it came, and one
 # that is unknown here becomes an attribute of its name if that is free, and does not
 # begin with "_"; it is in `raw` in any case.
 
 
-@dataclass(eq=False, repr=False)
+@dataclass
 class DataPart(_Declared):
-    """Structured data."""
-
     data: Dict[str, Any] = field(metadata=_about("any values"))
     metadata: Optional[Dict[str, Any]] = _optional("any values")
     kind: str = _kind("data")
 
 
-@dataclass(eq=False, repr=False)
+@dataclass
 class ToolCallPart(_Declared):
     """A tool call that the agent made."""
 
@@ -393,11 +351,9 @@ class ToolCallPart(_Declared):
     kind: str = _kind("tool_call")
 
 
-@dataclass(eq=False, repr=False)
+@dataclass
 class ErrorPart(_Declared):
-    """What went wrong in the run."""
-
-    error: str = field(metadata=_about("what went wrong"))
+    error: str = field(metadata=_about("what went wrong in the run"))
     code: Optional[float] = _optional("a number for it")
     kind: str = _kind("error")
 
@@ -408,7 +364,7 @@ else:
     OutputPart = Union[InputPart, DataPart, ToolCallPart, ErrorPart]
 
 
-@dataclass(eq=False, repr=False)
+@dataclass
 class Output(_Declared):
     """A message of the run."""
 
@@ -418,26 +374,22 @@ class Output(_Declared):
     metadata: Optional[Dict[str, Any]] = _optional("any values")
 
 
-@dataclass(eq=False, repr=False)
+@dataclass
 class PromptTokensDetails(_Declared):
-    """Kinds of tokens that went in."""
-
     cached_tokens: Optional[int] = _optional("read from a cache")
     cache_creation_tokens: Optional[int] = _optional("written to a cache")
     audio_tokens: Optional[int] = _optional("of sound")
 
 
-@dataclass(eq=False, repr=False)
+@dataclass
 class CompletionTokensDetails(_Declared):
-    """Kinds of tokens that came out."""
-
     reasoning_tokens: Optional[float] = _optional("of reasoning")
     accepted_prediction_tokens: Optional[float] = _optional("predicted and used")
     rejected_prediction_tokens: Optional[float] = _optional("predicted, not used")
     audio_tokens: Optional[int] = _optional("of sound")
 
 
-@dataclass(eq=False, repr=False)
+@dataclass
 class CreateAgentResponseUsage(_Declared):
     """Tokens that the run used."""
 
@@ -448,15 +400,13 @@ class CreateAgentResponseUsage(_Declared):
     completion_tokens_details: Optional[CompletionTokensDetails] = _optional("by kind")
 
 
-@dataclass(eq=False, repr=False)
+@dataclass
 class Function(_Declared):
-    """What a tool call calls."""
-
-    name: str = _optional("the tool")
+    name: str = _optional("the tool to call")
     arguments: str = _optional("JSON text")
 
 
-@dataclass(eq=False, repr=False)
+@dataclass
 class PendingToolCalls(_Declared):
     """A tool call that waits for a ToolResultPart with its id."""
 
@@ -465,11 +415,9 @@ class PendingToolCalls(_Declared):
     type: str = _optional("always 'function'")
 
 
-@dataclass(eq=False, repr=False)
+@dataclass
 class Telemetry(_Declared):
-    """Where the run is found in the traces."""
-
-    trace_id: str = _optional("the trace")
+    trace_id: str = _optional("the trace in which the run is found")
     span_id: str = _optional("the span in it")
 
 
@@ -479,7 +427,7 @@ def _items(value: Any, kind: Type[T]) -> List[T]:
     return [item for item in items if isinstance(item, kind)]
 
 
-@dataclass(eq=False, repr=False)
+@dataclass
 class CreateAgentResponseResponseBody(_Declared):
     """What the agent did: `text` is what it said, `raw` the whole decoded answer."""
 
@@ -505,9 +453,7 @@ class CreateAgentResponseResponseBody(_Declared):
         return "\n".join(filter(None, texts))
 
 
-# ----------------------------------------------------------------------------
-# Checking and JSON
-# ----------------------------------------------------------------------------
+# --- Checking and JSON ------------------------------------------------------
 
 _WORDS = {str: "text", bool: "true or false", float: "a number", list: "a list"}
 _TEXT_LIKE = (str, bytes, bytearray, memoryview)  # sequences, but no lists
@@ -520,9 +466,6 @@ class _Kind(NamedTuple):
     models: Tuple[Any, ...] = ()  # dataclasses
     items: Any = None  # the kind of a list's items
     optional: bool = False  # None will do
-
-
-_TEXT, _NUMBER, _OBJECT = _Kind(str), _Kind(float), _Kind(dict)
 
 
 def _read_annotation(annotation: Any) -> _Kind:
@@ -545,7 +488,8 @@ def _read_annotation(annotation: Any) -> _Kind:
 @functools.lru_cache(maxsize=256)
 def _json_fields(model: "Hashable") -> "Dict[str, Tuple[Field[Any], _Kind]]":
     """The fields that JSON has too and their kinds, by their names there."""
-    declared = [item for item in fields(cast(Any, model)) if item.metadata]
+    own = [item for item in fields(cast(Any, model)) if item.metadata]
+    declared = [item for item in own if item.metadata["json_name"] is not None]
     names = [item.metadata["json_name"] or item.name for item in declared]
     kinds = [_read_annotation(item.type) for item in declared]
     return dict(zip(names, zip(declared, kinds)))
@@ -555,15 +499,11 @@ def _choose(models: Sequence[Any], given: Mapping[Any, Any]) -> Any:
     """The model of an object: by its `kind`, else by what only that model has."""
     if len(models) == 1:
         return models[0]
-    for model in models:
-        if hasattr(model, "kind"):
-            if given.get("kind") == model.kind:
-                return model
-        else:
-            json_name, (item, _) = next(iter(_json_fields(model).items()))
-            if json_name in given or item.name in given:
-                return model
-    return None
+    if BinaryFormat in models:
+        has_uri = FileInURIFormat if "uri" in given else None
+        return BinaryFormat if "bytes" in given or "bytes_" in given else has_uri
+    kind = given.get("kind")
+    return next((model for model in models if model.kind == kind), None)
 
 
 def _at(path: str, key: Any) -> str:
@@ -583,17 +523,6 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, abc.Sequence) and not isinstance(value, _TEXT_LIKE)
 
 
-def _no_model(
-    models: Sequence[Any], given: Mapping[Any, Any], path: str
-) -> Tuple[str, str]:
-    kinds: List[Any] = [getattr(model, "kind", None) for model in models]
-    if None in kinds:
-        names = [repr(next(iter(_json_fields(model)))) for model in models]
-        return path, f"must have {' or '.join(names)}"
-    missing = given.get("kind") is None
-    return _at(path, "kind"), "required" if missing else _one_of(*kinds)(None)
-
-
 def _unknown(name: Any, known: Sequence[str]) -> str:
     import difflib
 
@@ -602,18 +531,11 @@ def _unknown(name: Any, known: Sequence[str]) -> str:
     return "unknown field" + (f" (did you mean {close[0]!r}?)" if close else "")
 
 
-def _is_number(value: Any) -> bool:
-    try:
-        return type(value) in (int, float) and math.isfinite(value)
-    except OverflowError:  # an integer that no float can hold
-        return False
-
-
 def _encode(kind: _Kind, value: Any, path: str, problems: Problems) -> Any:
     """The JSON form of what a field holds; what is wrong with it joins `problems`."""
     plain, models, items, _ = kind
     is_object = plain is dict and isinstance(value, abc.Mapping)
-    if isinstance(value, models) or (models and is_object):
+    if models and (is_object or isinstance(value, models)):
         return _encode_object(models, value, path, problems)
     if plain is Any or is_object:
         return _encode_free(value, path, problems)
@@ -622,7 +544,7 @@ def _encode(kind: _Kind, value: Any, path: str, problems: Problems) -> Any:
         return [_encode(items, item, f"{path}[{n}]", problems) for n, item in places]
     if plain in (str, bool) and isinstance(value, plain):
         return value
-    if plain is float and _is_number(value):
+    if plain is float and type(value) in (int, float) and abs(value) <= MAX_NUMBER:
         return value
     names = " or ".join(model.__name__ for model in models)
     given = repr(value) if type(value) is float else _type_name(value)
@@ -639,8 +561,13 @@ def _encode_object(
     given = dict(vars(value) if is_model else value)
     model: Any = type(value) if is_model else _choose(models, given)
     encoded: Dict[str, Any] = {}
+    if model is None and BinaryFormat in models:
+        problems.append((path, "must have 'bytes' or 'uri'"))
+        return encoded
     if model is None:
-        problems.append(_no_model(models, given, path))
+        missing = given.get("kind") is None
+        wrong = "required" if missing else _one_of(*(m.kind for m in models))("")
+        problems.append((_at(path, "kind"), wrong))
         return encoded
     for json_name, (item, kind) in _json_fields(model).items():
         name, content = json_name, given.pop(json_name, None)
@@ -650,7 +577,7 @@ def _encode_object(
             name = json_name if content is None and not is_model else item.name
         if content is None and kind.optional:
             continue
-        where = f"{path}.{name}" if path else name
+        where = _at(path, name)
         if content is None:
             problems.append((where, "required"))
             continue
@@ -760,15 +687,9 @@ def _decode_answer(data: Dict[str, Any]) -> CreateAgentResponseResponseBody:
     return answer
 
 
-def _read_integer(digits: str) -> Union[int, str]:
-    try:
-        return int(digits)
-    except ValueError:  # more digits than Python reads (gh-95778): they stay text
-        return digits
-
-
 _encode_json = json.JSONEncoder(separators=(",", ":")).encode
-_read_json = json.JSONDecoder(parse_int=_read_integer).decode
+# a longer integer, which Python may refuse to read (gh-95778), stays text
+_read_json = json.JSONDecoder(parse_int=lambda n: int(n) if len(n) < 640 else n).decode
 
 
 def _decode_json(text: str) -> Any:
@@ -788,10 +709,7 @@ def _server_words(data: Any) -> str:
     return next((word for word in words if isinstance(word, str) and word), "")
 
 
-# ----------------------------------------------------------------------------
-# Retry policy
-# ----------------------------------------------------------------------------
-
+# --- Retry policy -----------------------------------------------------------
 
 # What the official client retries unless it is told otherwise.
 RETRIED_STATUSES = ("429", "500", "502", "503", "504")
@@ -806,7 +724,7 @@ def _no_statuses(values: Sequence[str]) -> str:
     return f"{wrong[0]!r} is no status such as '429' or '5XX'" if wrong else ""
 
 
-@dataclass(eq=False, repr=False)
+@dataclass
 class BackoffStrategy(_Checked):
     """How long to wait between attempts, in milliseconds.
 
@@ -820,7 +738,7 @@ class BackoffStrategy(_Checked):
     jitter_ms: Optional[float] = _optional("most to add at random", "", _negative)
 
 
-@dataclass(eq=False, repr=False)
+@dataclass
 class RetryConfig(_Checked):
     """What to try again, and when. None in its place tries once.
 
@@ -850,19 +768,18 @@ DEFAULT_RETRY = RetryConfig(
 )
 
 
-def _should_retry(error: OrqError, config: Optional[RetryConfig]) -> bool:
-    if config is None or config.strategy == "none":
+def _should_retry(
+    error: Union[APIError, APIConnectionError], config: RetryConfig
+) -> bool:
+    if config.strategy == "none":
         return False
     if isinstance(error, APIConnectionError):
         wanted = config.retry_connection_errors
         return error.temporary and (not error.sent if wanted is None else wanted)
-    if not isinstance(error, APIError) or error.status_code == 200:
-        return False
     status = str(error.status_code)
-    statuses = config.status_codes_override
-    if statuses is None:
-        statuses = RETRIED_STATUSES
-    return any(s.upper() in (status, f"{status[0]}XX") for s in statuses)
+    chosen = config.status_codes_override
+    retried = RETRIED_STATUSES if chosen is None else [s.upper() for s in chosen]
+    return status != "200" and (status in retried or f"{status[0]}XX" in retried)
 
 
 def _asked_wait(headers: http.client.HTTPMessage) -> Optional[float]:
@@ -873,9 +790,9 @@ def _asked_wait(headers: http.client.HTTPMessage) -> Optional[float]:
         if re.fullmatch(r"\s*[0-9]+(\.[0-9]+)?\s*", text):
             waits.append(float(text) / unit)
     try:  # a date is in GMT, said or not (RFC 9110, section 5.6.7)
-        date = email.utils.parsedate_to_datetime(after).replace(tzinfo=None)
-        zero = datetime.datetime(1970, 1, 1)
-        waits.append((date - zero).total_seconds() - time.time())
+        date = email.utils.parsedate_to_datetime(after)
+        date = date.replace(tzinfo=datetime.timezone.utc)
+        waits.append(date.timestamp() - time.time())
     except (TypeError, ValueError, IndexError, OverflowError):
         pass
     sensible = (wait for wait in waits if 0 < wait <= MAX_TIMEOUT_MS / 1000)
@@ -894,23 +811,19 @@ def _retry_wait(
     if wait is None:
         try:
             wait = backoff.initial_interval * float(backoff.exponent) ** (attempt - 1)
+            wait += random.uniform(0, backoff.jitter_ms or 0)
         except OverflowError:
             wait = math.inf
-        added = random.uniform(0, backoff.jitter_ms or 0)
-        wait = min(wait + added, backoff.max_interval, MAX_TIMEOUT_MS) / 1000
+        wait = min(wait, backoff.max_interval, MAX_TIMEOUT_MS) / 1000
         if backoff.jitter_ms is None:
             wait *= random.uniform(0.75, 1)
-    return wait if elapsed + wait <= backoff.max_elapsed_time / 1000 else None
+    return wait if (elapsed + wait) * 1000 <= backoff.max_elapsed_time else None
 
 
-# ----------------------------------------------------------------------------
-# Transport
-# ----------------------------------------------------------------------------
-
+# --- Transport --------------------------------------------------------------
 # urllib.request routes a request: its opener holds the proxy handler and the handler
 # below, so that no other scheme exists, and nothing copies credentials to where a
 # redirect points. http.client reads the answer. The connection is ours.
-
 
 _SERVER_URL = (
     r"(?i)(https?)://(\[[0-9a-f:.]+\]|[^][/?#@:]+)(?::([0-9]{1,5}))?"
@@ -949,15 +862,14 @@ def _operation_url(server_url: Any, agent_key: Any, problems: Problems) -> str:
     if not origin:
         wanted = "http(s)://HOST[:PORT][/PATH], without credentials, query or fragment"
         problems.append(("server_url", f"must be {wanted}"))
-    _encode(_TEXT, agent_key, "agent_key", problems)
-    segment = agent_key if isinstance(agent_key, str) else "."
-    if isinstance(agent_key, str) and agent_key.strip() in ("", ".", ".."):
+    key = _encode(_Kind(str), agent_key, "agent_key", problems) or ""
+    if isinstance(agent_key, str) and key.strip() in ("", ".", ".."):
         problems.append(("agent_key", "must name an agent"))
     try:
-        segment = urllib.parse.quote(segment, safe="")
+        key = urllib.parse.quote(key, safe="")
     except UnicodeEncodeError:
         problems.append(("agent_key", "has no UTF-8 form"))
-    return f"{origin}{path}/v2/agents/{segment}/responses"
+    return f"{origin}{path}/v2/agents/{key}/responses"
 
 
 def _request_headers(api_key: Any, given: Any, problems: Problems) -> Dict[str, str]:
@@ -999,10 +911,9 @@ def _request_headers(api_key: Any, given: Any, problems: Problems) -> Dict[str, 
 def _spellings(character: str) -> str:
     """A pattern for a character as it is, or escaped as in JSON, a URL or HTML."""
     code, quoted = ord(character), urllib.parse.quote(character, "")
-    forms = [character, quoted, json.dumps(character)[1:-1], f"\\u{code:04x}"]
-    forms += [f"\\{character}", f"&#{code};", f"&#x{code:x};"]
-    named = ["&(?:amp|lt|gt|quot|apos);"] if character in "&<>\"'" else []
-    return f"(?:{'|'.join([*map(re.escape, forms), *named])})"
+    escaped = f"{re.escape(quoted)}|\\\\u{code:04x}|&#{code};|&#x{code:x};"
+    named = "" if character.isalnum() else f"|\\\\{re.escape(character)}|&[a-z]+;"
+    return f"(?:{re.escape(character)}|{escaped}{named})"
 
 
 @dataclass(eq=False)
@@ -1050,6 +961,11 @@ class _Cancellation:
             if self.event.is_set():
                 raise ConnectionAbortedError("cancelled")
 
+    def pause(self, seconds: float) -> None:
+        """Wait, until the call is ended at most; a signal ends sleep everywhere."""
+        is_main = threading.current_thread() is threading.main_thread()
+        (time.sleep if is_main else self.event.wait)(seconds)
+
     def cancel(self) -> None:
         with self._lock:
             self.event.set()
@@ -1075,47 +991,10 @@ class _Attempt(urllib.request.Request):
             raise socket.timeout("the deadline has passed")
         return left
 
-    def tunnel(self) -> Optional[str]:
-        """The server behind a proxy that is asked for a tunnel to it."""
-        return cast(Optional[str], getattr(self, "_tunnel_host", None))
-
 
 def _host_and_port(netloc: str, default_port: int) -> Tuple[str, int]:
     parts = urllib.parse.urlsplit(f"//{netloc}")
     return parts.hostname or "", parts.port or default_port
-
-
-def _set_options(sock: socket.socket) -> None:
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name in ("TCP_KEEPIDLE", "TCP_KEEPALIVE", "TCP_KEEPINTVL"):  # 2nd: macOS
-        if hasattr(socket, name):
-            option = getattr(socket, name)
-            sock.setsockopt(socket.IPPROTO_TCP, option, KEEPALIVE_SECONDS)
-
-
-def _dial(host: str, port: int, attempt: _Attempt) -> socket.socket:
-    """Connect to the first address that accepts; each has its share of the time.
-
-    The lookup of the name cannot be interrupted.
-    """
-    addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    for left in range(len(addresses), 0, -1):
-        family, kind, protocol, _, address = addresses[-left]
-        sock: Optional[socket.socket] = None
-        try:
-            sock = socket.socket(family, kind, protocol)
-            attempt.cancellation.watch(sock)
-            sock.settimeout(attempt.time_left() / left)
-            sock.connect(address)
-            _set_options(sock)
-            return sock
-        except BaseException as error:
-            if sock is not None:
-                sock.close()
-            if left == 1 or not isinstance(error, OSError):
-                raise
-    raise OSError("the name has no address")
 
 
 class _ProxyRefusal(OSError):
@@ -1159,10 +1038,10 @@ def _read_answer(response: http.client.HTTPResponse) -> _Answer:
 class _Connection(io.RawIOBase):
     """A connection, which serves one attempt at a time, as the stream it receives."""
 
-    def __init__(self, sock: socket.socket, peer: Tuple[Any, ...]) -> None:
-        self.sock = sock
-        self.peer = (os.getpid(), *peer)
-        self.attempt: Optional[_Attempt] = None  # None: nothing is to be read
+    def __init__(self, peer: Tuple[Any, ...]) -> None:
+        self.peer = peer
+        self.sock: Any = None
+        self.attempt: Any = None  # None: nothing is to be read
         self.ended = False  # the peer has closed it
         self.idle_since = 0.0
         self.reader = _Reader(self)
@@ -1173,8 +1052,8 @@ class _Connection(io.RawIOBase):
     def readinto(self, buffer: Any) -> Optional[int]:
         if self.attempt is None:
             return None
-        self.limit(self.attempt)
-        received = self.sock.recv_into(buffer)
+        self.sock.settimeout(self.attempt.time_left())
+        received: int = self.sock.recv_into(buffer)
         self.ended = not received
         return received
 
@@ -1183,51 +1062,64 @@ class _Connection(io.RawIOBase):
         return self.reader
 
     def close(self) -> None:
-        self.sock.close()
+        if self.sock is not None:
+            self.sock.close()
 
-    def limit(self, attempt: _Attempt) -> None:
-        """Set the socket's timeout to what is left of the time.
+    def dial(self, host: str, port: int) -> None:
+        """Connect to the first address that accepts; each has its share of the time.
 
-        It stays as it is, which saves a system call, if at most half a second longer.
+        The lookup of the name cannot be interrupted.
         """
-        left = attempt.time_left()
-        if not left <= (self.sock.gettimeout() or 0) <= left + 0.5:
-            self.sock.settimeout(left)
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        for left in range(len(addresses), 0, -1):
+            family, kind, protocol, _, address = addresses[-left]
+            try:
+                self.sock = socket.socket(family, kind, protocol)
+                self.attempt.cancellation.watch(self.sock)
+                self.sock.settimeout(self.attempt.time_left() / left)
+                self.sock.connect(address)
+                break
+            except OSError:
+                self.close()
+                if left == 1:
+                    raise
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name in ("TCP_KEEPIDLE", "TCP_KEEPALIVE", "TCP_KEEPINTVL"):  # 2nd: macOS
+            if hasattr(socket, name):
+                option = getattr(socket, name)
+                self.sock.setsockopt(socket.IPPROTO_TCP, option, KEEPALIVE_SECONDS)
 
-    def send(self, data: bytes, attempt: _Attempt) -> None:
-        # not sendall: over TLS it would grant the timeout to each piece anew
-        view = memoryview(data)
-        while view:
-            self.limit(attempt)
-            view = view[self.sock.send(view[:BLOCK_BYTES]) :]
-
-    def open_tunnel(self, server: str, credentials: str, attempt: _Attempt) -> None:
+    def open_tunnel(self, server: str, credentials: str) -> None:
         """Ask the proxy for a tunnel (RFC 9110, section 9.3.6)."""
         target = server if re.search(":[0-9]+$", server) else f"{server}:443"
         head = f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n"
         if credentials:
             head += f"Proxy-Authorization: {credentials}\r\n"
-        self.send(f"{head}\r\n".encode("latin-1"), attempt)
-        status = self.read_head(attempt, "CONNECT").status
+        self.send(f"{head}\r\n".encode("latin-1"))
+        status = self.read_head("CONNECT").status
         if not 200 <= status < 300:
             phrase = http.client.responses.get(status, "")
             raise _ProxyRefusal(f"{status} {phrase}".rstrip())
 
-    def start_tls(
-        self, context: "ssl.SSLContext", server: str, attempt: _Attempt
-    ) -> None:
-        host, _ = _host_and_port(server, 443)
+    def start_tls(self, context: SSLContext, host: str) -> None:
         self.sock = context.wrap_socket(
             self.sock, server_hostname=host, do_handshake_on_connect=False
         )
         self.reader = _Reader(self)  # nothing from before TLS may be taken for it
-        attempt.cancellation.watch(self.sock)
-        self.sock.settimeout(attempt.time_left())
+        self.attempt.cancellation.watch(self.sock)
+        self.sock.settimeout(self.attempt.time_left())
         self.sock.do_handshake()
 
-    def read_head(self, attempt: _Attempt, method: str) -> http.client.HTTPResponse:
+    def send(self, data: Union[bytes, memoryview]) -> None:
+        # not sendall: over TLS it would grant the timeout to each piece anew
+        view = memoryview(data)
+        while view:
+            self.sock.settimeout(self.attempt.time_left())
+            view = view[self.sock.send(view[:BLOCK_BYTES]) :]
+
+    def read_head(self, method: str) -> http.client.HTTPResponse:
         """The start of the final answer (RFC 9110, section 15.2)."""
-        self.attempt = attempt
         while True:
             response = http.client.HTTPResponse(cast(Any, self), method=method)
             response.begin()
@@ -1236,32 +1128,29 @@ class _Connection(io.RawIOBase):
             if response.status == 101 or not 100 <= response.status < 200:
                 return response
 
-    def exchange(self, attempt: _Attempt) -> Tuple[_Answer, bool]:
+    def exchange(self) -> Tuple[_Answer, bool]:
         """The answer, and whether another attempt can use the connection."""
-        broken: Optional[Exception] = None
-        method = attempt.prepared.method
-        head = [f"{method} {attempt.selector} HTTP/1.1"]
+        attempt: _Attempt = self.attempt
+        prepared = attempt.prepared
         # only the proxy handler has given the attempt headers of its own
-        headers = [*attempt.prepared.headers.items(), *attempt.header_items()]
-        head += [f"{name}: {value}" for name, value in headers]
-        start = "\r\n".join([*head, "", ""]).encode("latin-1")
-        body = attempt.prepared.body
+        headers = [*prepared.headers.items(), *attempt.header_items()]
+        lines = "".join(f"{name}: {value}\r\n" for name, value in headers)
+        head = f"{prepared.method} {attempt.selector} HTTP/1.1\r\n{lines}\r\n"
+        body = memoryview(prepared.body)
+        broken: Optional[Exception] = None
         try:  # head and body in one packet where they fit
-            small = len(body) < BLOCK_BYTES
-            self.send(start + body if small else start, attempt)
-            self.send(b"" if small else body, attempt)
+            self.send(head.encode("latin-1") + body[:BLOCK_BYTES])
+            self.send(body[BLOCK_BYTES:])
             attempt.sent = True
         except socket.timeout:
             raise  # no time is left for an answer
         except OSError as error:
             broken = error  # but a server may answer (401, 413) before it has read all
         try:
-            response = self.read_head(attempt, method)
+            response = self.read_head(prepared.method)
             answer = _read_answer(response)
-        except Exception:
-            if broken:
-                raise broken from None
-            raise
+        except Exception as error:  # noqa: BLE001 (it is raised)
+            raise broken or error
         self.attempt = None
         pending = getattr(self.sock, "pending", int)  # decrypted, but not read
         odd = broken or answer.problem or self.reader.peek(1) or pending()
@@ -1282,7 +1171,7 @@ class _Connection(io.RawIOBase):
 class _ConnectionHandler(urllib.request.BaseHandler):
     """Performs an attempt for urllib's opener, on a kept connection or a new one."""
 
-    def __init__(self, context: "Optional[ssl.SSLContext]") -> None:
+    def __init__(self, context: Optional[SSLContext]) -> None:
         self._context = context
         # A fork may leave a lock locked for ever. So there is one for each process,
         # and none for the list, whose append, pop and remove are atomic.
@@ -1293,14 +1182,20 @@ class _ConnectionHandler(urllib.request.BaseHandler):
     def http_open(self, attempt: _Attempt) -> _Answer:
         if attempt.type not in ("http", "https"):
             raise ValueError("a proxy of another kind")
+        tunnel = getattr(attempt, "_tunnel_host", None)  # the server behind a proxy
         credentials = attempt.get_header("Proxy-authorization", "")  # urllib's spelling
-        if attempt.tunnel():  # they are for the proxy alone
+        if tunnel:  # they are for the proxy alone
             attempt.remove_header("Proxy-authorization")
-        peer = (attempt.type, attempt.host, attempt.tunnel(), credentials)
-        connection = self._take(peer) or self._connect(attempt, peer, credentials)
+        # the process too, as the two sides of a fork may not share a connection
+        peer = (os.getpid(), attempt.type, attempt.host, tunnel, credentials)
+        kept = self._take(peer)
+        connection = kept or _Connection(peer)
+        connection.attempt = attempt
         try:
+            if kept is None:
+                self._connect(connection, tunnel, credentials)
             attempt.cancellation.watch(connection.sock)
-            answer, clean = connection.exchange(attempt)
+            answer, clean = connection.exchange()
             attempt.cancellation.watch(None)
             if answer.status == 407 and attempt.has_proxy():
                 attempt.sent = False
@@ -1319,13 +1214,31 @@ class _ConnectionHandler(urllib.request.BaseHandler):
 
     https_open = http_open
 
+    def _connect(
+        self, connection: _Connection, tunnel: Optional[str], credentials: str
+    ) -> None:
+        secure, host = connection.attempt.type == "https", connection.attempt.host
+        connection.dial(*_host_and_port(host, 443 if secure and not tunnel else 80))
+        if tunnel:
+            connection.open_tunnel(tunnel, credentials)
+        if secure:
+            server, _ = _host_and_port(tunnel or host, 443)
+            connection.start_tls(self._tls_context(), server)
+
+    def _tls_context(self) -> SSLContext:
+        with self._context_locks.setdefault(os.getpid(), threading.Lock()):
+            if self._context is None:
+                import ssl
+
+                self._context = ssl.create_default_context()
+            return self._context
+
     def _take(self, peer: Tuple[Any, ...]) -> Optional[_Connection]:
         """The usable connection that was used last; those that are too old go."""
         chosen: Optional[_Connection] = None
         for connection in self._idle[::-1]:
             fresh = time.monotonic() - connection.idle_since < IDLE_SECONDS
-            wanted = not chosen and connection.peer == (os.getpid(), *peer)
-            if fresh and not wanted:
+            if fresh and (chosen or connection.peer != peer):
                 continue
             try:
                 self._idle.remove(connection)
@@ -1345,39 +1258,6 @@ class _ConnectionHandler(urllib.request.BaseHandler):
                 self._idle.pop().close()
             except IndexError:
                 break  # another thread took the last one
-
-    def _tls_context(self) -> "ssl.SSLContext":
-        with self._context_locks.setdefault(os.getpid(), threading.Lock()):
-            if self._context is None:
-                import ssl
-
-                self._context = ssl.create_default_context()
-            return self._context
-
-    def _connect(
-        self, attempt: _Attempt, peer: Tuple[Any, ...], credentials: str
-    ) -> _Connection:
-        tunnel, secure = attempt.tunnel(), attempt.type == "https"
-        host, port = _host_and_port(attempt.host, 443 if secure and not tunnel else 80)
-        connection = _Connection(_dial(host, port, attempt), peer)
-        try:
-            if tunnel:
-                connection.open_tunnel(tunnel, credentials, attempt)
-            if secure:
-                server = tunnel or attempt.host
-                connection.start_tls(self._tls_context(), server, attempt)
-        except BaseException:
-            connection.close()
-            raise
-        return connection
-
-
-def _redirect_target(url: str, location: str) -> str:
-    try:
-        location = urllib.parse.quote(location, string.punctuation)
-        return urllib.parse.urljoin(url, location).partition("#")[0]
-    except ValueError:
-        return location
 
 
 def _explain(error: Exception, attempt: _Attempt) -> Tuple[str, bool]:
@@ -1407,13 +1287,13 @@ def _explain(error: Exception, attempt: _Attempt) -> Tuple[str, bool]:
 
 def _connection_error(error: Exception, attempt: _Attempt) -> APIConnectionError:
     """What a failure means for the caller and for the retry policy."""
-    mask = attempt.prepared.mask
     late = isinstance(error, (socket.timeout, TimeoutError))
     what, temporary = _explain(error, attempt)
     if attempt.host != urllib.parse.urlsplit(attempt.full_url).netloc:
         what += f" (proxy {attempt.host})"
     outcome = "the agent may have run, but" if attempt.sent else "not sent:"
-    text = mask(f"{attempt.get_method()} {attempt.full_url}: {outcome} {what}")
+    text = f"{attempt.get_method()} {attempt.full_url}: {outcome} {what}"
+    text = attempt.prepared.mask(text)
     failure = (APITimeoutError if late else APIConnectionError)(text)
     failure.sent, failure.temporary = attempt.sent, temporary
     # a traceback shows the cause too, where what the server wrote may be quoted
@@ -1426,7 +1306,7 @@ def _connection_error(error: Exception, attempt: _Attempt) -> APIConnectionError
 class _Transport:
     """Brings a prepared request to its server, and a complete answer back."""
 
-    def __init__(self, context: "Optional[ssl.SSLContext]") -> None:
+    def __init__(self, context: Optional[SSLContext]) -> None:
         self._connections = _ConnectionHandler(context)
         self._opener = urllib.request.OpenerDirector()
         self._opener.add_handler(urllib.request.ProxyHandler())
@@ -1449,40 +1329,81 @@ class _Transport:
             attempt = _Attempt(url, prepared.body, method=prepared.method)
             attempt.prepared, attempt.cancellation = prepared, stop
             attempt.deadline = deadline
-            answer = self._open(attempt)
-            moved = 300 <= answer.status < 400
-            location = answer.headers.get("location") if moved else None
-            if not location:
-                return answer
-            target = _redirect_target(url, location)
-            answer = answer._replace(problem=f"redirect to {target} not followed")
-            origin, _ = _read_server_url(target.partition("?")[0])
+            try:
+                answer = cast(_Answer, self._opener.open(attempt))
+            except Exception as error:
+                failure = _connection_error(error, attempt)
+                _log.debug("%s", failure)
+                raise failure from error
+            if _log.isEnabledFor(logging.DEBUG):
+                _log.debug("%s: %d", prepared.mask(url), answer.status)
+            location = answer.headers.get("location", "")
+            if not 300 <= answer.status < 400 or not location:
+                break
+            try:
+                location = urllib.parse.quote(location, string.punctuation)
+                location = urllib.parse.urljoin(url, location).partition("#")[0]
+            except ValueError:
+                pass  # no URL, so of no origin
+            answer = answer._replace(problem=f"redirect to {location} not followed")
+            origin, _ = _read_server_url(location.partition("?")[0])
             # 301 to 303 may turn a POST into a GET; the key stays in its origin
             if answer.status not in (307, 308) or origin != home:
                 break
-            url = target
+            url = location
         return answer
 
-    def _open(self, attempt: _Attempt) -> _Answer:
-        started, result = time.monotonic(), "no answer"
-        try:
-            answer = cast(_Answer, self._opener.open(attempt))
-            result = str(answer.status)
-            return answer
-        except Exception as error:
-            raise _connection_error(error, attempt) from error
-        finally:
-            if _log.isEnabledFor(logging.DEBUG):
-                url = attempt.prepared.mask(attempt.full_url)
-                seconds = time.monotonic() - started
-                _log.debug("%s: %s in %.3f s", url, result, seconds)
 
-
-# ----------------------------------------------------------------------------
-# Client
-# ----------------------------------------------------------------------------
+# --- Client -----------------------------------------------------------------
 
 APIKey = Union[str, Callable[[], Optional[str]], None]
+ResponseBody = CreateAgentResponseResponseBody
+
+
+@dataclass
+class _Call(_Declared):
+    """The parameters of a call; nothing else lists them."""
+
+    agent_key: str = field(metadata=_about("the agent's key or id", None))
+    message: Union[str, MessageLike] = field(metadata=_about("a message, or its text"))
+    task_id: Optional[str] = _optional("id of an inactive task to continue")
+    variables: Optional[Mapping[str, Any]] = _optional("values for the templates")
+    contact: Optional[ContactLike] = _optional("on whose behalf the agent runs")
+    thread: Optional[ThreadLike] = _optional("what groups requests")
+    memory: Optional[MemoryLike] = _optional("whose memories the agent uses")
+    metadata: Optional[Mapping[str, Any]] = _optional("any values, for the traces")
+    background: Optional[bool] = _optional("do not wait for the agent", default=False)
+    retries: Optional[RetryConfig] = _optional("None tries once", None, default=UNSET)
+    server_url: Optional[str] = _optional("in place of the client's", None)
+    timeout_ms: Optional[float] = _optional("milliseconds for each attempt", None)
+    http_headers: Optional[Mapping[str, str]] = _optional("to add or replace", None)
+    extra_body: Optional[Mapping[str, Any]] = _optional("fields unknown here", None)
+
+
+@dataclass
+class _SingleCall(_Call):
+    api_key: APIKey = _optional("a text, or a function that returns one", None)
+    ssl_context: Optional[SSLContext] = _optional("None: the platform's", None)
+
+
+def _show_parameters(function: Any, call: Any) -> Any:
+    """Show, to help() and editors, the parameters of a call in place of **given."""
+    shown = inspect.signature(function)
+    own = [p for p in shown.parameters.values() if p.kind != p.VAR_KEYWORD]
+    names = [parameter.name for parameter in own]
+    more = inspect.signature(call).parameters.values()
+    own += [p.replace(kind=p.KEYWORD_ONLY) for p in more if p.name not in names]
+    function.__signature__ = shown.replace(parameters=own)
+    about = "\n".join(f"    {f.name}: {f.metadata['about']}" for f in fields(call))
+    function.__doc__ = f"{inspect.cleandoc(function.__doc__)}\n\n{about}"
+    return function
+
+
+def _takes(
+    call: "Callable[P, Any]",
+) -> "Callable[[Callable[..., T]], Callable[Concatenate[Any, P], T]]":
+    """Give a method of **given the parameters of a call."""
+    return lambda method: cast(Any, _show_parameters(method, call))
 
 
 def _one_line(text: str) -> str:
@@ -1490,9 +1411,12 @@ def _one_line(text: str) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
-def _api_error(
-    prepared: PreparedRequest, answer: _Answer, text: str, data: Any
-) -> APIError:
+def _finish(prepared: PreparedRequest, answer: _Answer) -> ResponseBody:
+    """The agent's answer. APIError if it is no usable 200."""
+    text = answer.body.decode(json.detect_encoding(answer.body), "replace")
+    data = _decode_json(text)
+    if answer.status == 200 and isinstance(data, dict) and not answer.problem:
+        return _decode_answer(data)
     words = prepared.mask(_server_words(data))
     quoted = words or prepared.mask(text)
     shown = _one_line(quoted[:QUOTED_CHARACTERS])
@@ -1505,30 +1429,7 @@ def _api_error(
     error = APIError(prepared.mask(": ".join(filter(None, what))))
     error.status_code, error.headers = answer.status, answer.headers
     error.body, error.data, error.message = text, data, words or phrase
-    return error
-
-
-def _add_extra(content: Dict[str, Any], extra: Any, problems: Problems) -> None:
-    encoded = _encode(_OBJECT, extra, "extra_body", problems)
-    named = _json_fields(CreateAgentResponseRequestBody)
-    for name, value in (encoded or {}).items():
-        if name in named:
-            problems.append((_at("extra_body", name), "is a parameter of its own"))
-        content[name] = value
-
-
-def _same_parameters(
-    function: "Callable[P, Any]",
-) -> "Callable[[Callable[..., T]], Callable[P, T]]":
-    """Show one function's parameters for another, to help() and type checkers."""
-    return lambda other: functools.update_wrapper(other, function, assigned=())
-
-
-def _with_body_fields(function: T) -> T:
-    """Complete the docstring from the fields of the body."""
-    _, _, about = (CreateAgentResponseRequestBody.__doc__ or "").partition("\n")
-    function.__doc__ = inspect.cleandoc(function.__doc__ or "") + about
-    return function
+    raise error
 
 
 async def _in_thread(work: Callable[[], T], stop: _Cancellation) -> T:
@@ -1569,43 +1470,17 @@ class Responses:
     _timeout_ms: Optional[float]
     _retry_config: Optional[RetryConfig]
 
-    @_with_body_fields
-    def create(
-        self,
-        *,
-        agent_key: str,
-        message: Union[str, MessageLike],
-        task_id: Optional[str] = None,
-        variables: Optional[Mapping[str, Any]] = None,
-        contact: Optional[ContactLike] = None,
-        thread: Optional[ThreadLike] = None,
-        memory: Optional[MemoryLike] = None,
-        metadata: Optional[Mapping[str, Any]] = None,
-        background: Optional[bool] = False,
-        retries: Optional[RetryConfig] = UNSET,
-        server_url: Optional[str] = None,
-        timeout_ms: Optional[float] = None,
-        http_headers: Optional[Mapping[str, str]] = None,
-        extra_body: Optional[Mapping[str, Any]] = None,
-    ) -> CreateAgentResponseResponseBody:
+    @_takes(_Call)
+    def create(self, **given: Any) -> ResponseBody:
         """Send a message to an agent and return what the agent did.
 
         Raises ValidationError before anything is sent, APIError for any answer but a
         usable 200, and APIConnectionError or APITimeoutError without one.
-
-            agent_key: the agent's key or id
-            retries: what to try again; None tries once (default: the client's)
-            server_url: (default: the client's)
-            timeout_ms: for each attempt, in milliseconds (default: the client's)
-            http_headers: added to the client's own, or in their place
-            extra_body: fields of the body that this file does not know
         """
-        given = dict(locals())
-        del given["self"]
-        return self._run(self.prepare(**given), _Cancellation(), time.sleep)
+        return self._run(self.prepare(**given), _Cancellation())
 
-    @_same_parameters(create)
-    async def create_async(self, **given: Any) -> CreateAgentResponseResponseBody:
+    @_takes(_Call)
+    async def create_async(self, **given: Any) -> ResponseBody:
         """Do what `create` does, without blocking the event loop.
 
         Each call takes a thread. Cancelling the task closes the connection; the agent
@@ -1613,49 +1488,40 @@ class Responses:
         """
         stop = _Cancellation()
 
-        def work() -> CreateAgentResponseResponseBody:
-            return self._run(self.prepare(**given), stop, stop.event.wait)
+        def work() -> ResponseBody:
+            return self._run(self.prepare(**given), stop)
 
         return await _in_thread(work, stop)
 
-    @_same_parameters(create)
-    def prepare(
-        self,
-        *,
-        agent_key: str,
-        message: Any,
-        retries: Optional[RetryConfig] = UNSET,
-        server_url: Optional[str] = None,
-        timeout_ms: Optional[float] = None,
-        http_headers: Optional[Mapping[str, str]] = None,
-        extra_body: Optional[Mapping[str, Any]] = None,
-        **rest: Any,
-    ) -> PreparedRequest:
+    @_takes(_Call)
+    def prepare(self, **given: Any) -> PreparedRequest:
         """Return what `create` would send, checked. Raises ValidationError."""
+        call = _Call(**given)
         problems: Problems = []
-        if isinstance(message, str):
-            part = {"kind": "text", "text": message}
-            message = {"role": "user", "parts": [part]}
-        body = CreateAgentResponseRequestBody(message, **rest)
-        content = _encode_object((type(body),), body, "", problems)
-        if extra_body is not None:
-            _add_extra(content, extra_body, problems)
-        server = self._server_url if server_url is None else server_url
+        if isinstance(call.message, str):
+            part = {"kind": "text", "text": call.message}
+            call.message = {"role": "user", "parts": [part]}
+        content = _encode_object((_Call,), call, "", problems)
+        if call.extra_body is not None:
+            extra = _encode(_Kind(dict), call.extra_body, "extra_body", problems) or {}
+            for name in extra.keys() & _json_fields(_Call):
+                problems.append((f"extra_body.{name}", "is a parameter of its own"))
+            content.update(extra)
+        server = self._server_url if call.server_url is None else call.server_url
         if server is None:
             server = os.environ.get("ORQ_BASE_URL", "").strip() or DEFAULT_SERVER
-        url = _operation_url(server, agent_key, problems)
+        url = _operation_url(server, call.agent_key, problems)
         key = self._api_key
         if key is None:
             key = os.environ.get("ORQ_API_KEY")
-        headers = _request_headers(
-            key() if callable(key) else key, http_headers, problems
-        )
-        timeout = self._timeout_ms if timeout_ms is None else timeout_ms
+        key = key() if callable(key) else key
+        headers = _request_headers(key, call.http_headers, problems)
+        timeout = self._timeout_ms if call.timeout_ms is None else call.timeout_ms
         timeout = DEFAULT_TIMEOUT_MS if timeout is None else timeout
-        timeout = _encode(_NUMBER, timeout, "timeout_ms", problems)
+        timeout = _encode(_Kind(float), timeout, "timeout_ms", problems)
         if timeout is not None and not 0 < timeout <= MAX_TIMEOUT_MS:
             problems.append(("timeout_ms", f"must be above 0, up to {MAX_TIMEOUT_MS}"))
-        config = self._retry_config if retries is UNSET else retries
+        config = self._retry_config if call.retries is UNSET else call.retries
         if config is not None and config is not DEFAULT_RETRY:
             _encode(_Kind(None, (RetryConfig,)), config, "retries", problems)
         if problems:
@@ -1665,42 +1531,26 @@ class Responses:
         headers["Content-Length"] = str(len(data))
         return PreparedRequest("POST", url, headers, data, timeout / 1000, config)
 
-    def _run(
-        self,
-        prepared: PreparedRequest,
-        stop: _Cancellation,
-        pause: Callable[[float], Any],
-    ) -> CreateAgentResponseResponseBody:
+    def _run(self, prepared: PreparedRequest, stop: _Cancellation) -> ResponseBody:
         """The answer of the first attempt that has one, or the last one's error."""
-        started = time.monotonic()
+        started, config = time.monotonic(), prepared.retries
         attempt = 0
         while True:
             attempt += 1
             try:
-                return self._attempt(prepared, stop)
-            except OrqError as error:
-                config = prepared.retries
-                if not _should_retry(error, config) or stop.event.is_set():
+                return _finish(prepared, self._transport.exchange(prepared, stop))
+            except (APIError, APIConnectionError) as error:
+                if config is None or not _should_retry(error, config):
                     raise
                 elapsed = time.monotonic() - started
-                wait = _retry_wait(error, cast(RetryConfig, config), attempt, elapsed)
-                if wait is None:
+                wait = _retry_wait(error, config, attempt, elapsed)
+                if wait is None or stop.event.is_set():
                     raise
                 # an APIError's text quotes the body; an APIConnectionError's does not
                 status = getattr(error, "status_code", None)
                 reason = f"status {status}" if status else str(error)
             _log.info("attempt %d failed, next in %.1f s: %s", attempt, wait, reason)
-            pause(wait)
-
-    def _attempt(
-        self, prepared: PreparedRequest, stop: _Cancellation
-    ) -> CreateAgentResponseResponseBody:
-        answer = self._transport.exchange(prepared, stop)
-        text = answer.body.decode(json.detect_encoding(answer.body), "replace")
-        data = _decode_json(text)
-        if answer.status == 200 and isinstance(data, dict) and not answer.problem:
-            return _decode_answer(data)
-        raise _api_error(prepared, answer, text, data)
+            stop.pause(wait)
 
 
 class Agents:
@@ -1728,7 +1578,7 @@ class Orq:
         server_url: Optional[str] = None,
         timeout_ms: Optional[float] = None,
         retry_config: Optional[RetryConfig] = DEFAULT_RETRY,
-        ssl_context: "Optional[ssl.SSLContext]" = None,
+        ssl_context: Optional[SSLContext] = None,
     ) -> None:
         if ssl_context is not None and not hasattr(ssl_context, "wrap_socket"):
             raise ValidationError([("ssl_context", "must be an ssl.SSLContext")])
@@ -1754,35 +1604,24 @@ class Orq:
         self.close()
 
 
-@_with_body_fields
+def _takes_alone(
+    call: "Callable[P, Any]",
+) -> "Callable[[Callable[..., T]], Callable[P, T]]":
+    return lambda function: cast(Any, _show_parameters(function, call))
+
+
+@_takes_alone(_SingleCall)
 def create_response(
-    agent_key: str,
-    message: Union[str, MessageLike],
-    *,
-    api_key: APIKey = None,
-    ssl_context: "Optional[ssl.SSLContext]" = None,
-    task_id: Optional[str] = None,
-    variables: Optional[Mapping[str, Any]] = None,
-    contact: Optional[ContactLike] = None,
-    thread: Optional[ThreadLike] = None,
-    memory: Optional[MemoryLike] = None,
-    metadata: Optional[Mapping[str, Any]] = None,
-    background: Optional[bool] = False,
-    retries: Optional[RetryConfig] = UNSET,
-    server_url: Optional[str] = None,
-    timeout_ms: Optional[float] = None,
-    http_headers: Optional[Mapping[str, str]] = None,
-    extra_body: Optional[Mapping[str, Any]] = None,
-) -> CreateAgentResponseResponseBody:
+    agent_key: str, message: Union[str, MessageLike], **given: Any
+) -> ResponseBody:
     """Make one call, with a client of its own. See `Orq` and `Responses.create`."""
-    given = dict(locals())  # a test holds the parameters to those of `create`
-    with Orq(given.pop("api_key"), ssl_context=given.pop("ssl_context")) as orq:
-        return orq.agents.responses.create(**given)
+    client = {name: given.pop(name, None) for name in ("api_key", "ssl_context")}
+    with Orq(**client) as orq:
+        create = orq.agents.responses.create
+        return create(agent_key=agent_key, message=message, **given)
 
 
-# ----------------------------------------------------------------------------
-# Command line
-# ----------------------------------------------------------------------------
+# --- Command line -----------------------------------------------------------
 
 
 def _print(stream: Any, text: str) -> None:
@@ -1800,13 +1639,20 @@ def _print(stream: Any, text: str) -> None:
             raise
 
 
+def _fail(option: str, problem: str) -> "NoReturn":
+    raise ValidationError([(option, problem)])
+
+
+def _option_name(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def _option_parser() -> "argparse.ArgumentParser":
     import argparse
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> "NoReturn":
-            _print(sys.stderr, f"orq_min: {message} (--help says more)")
-            sys.exit(2)
+            _fail("usage", f"{message} (--help says more)")
 
     parser = Parser(
         "orq_min.py",
@@ -1820,22 +1666,21 @@ def _option_parser() -> "argparse.ArgumentParser":
     add = parser.add_argument
     about = "the agent's key or id, and a text; '-' or none: standard input"
     add("words", metavar="AGENT_KEY [MESSAGE]", nargs="*", help=about)
-    many: Dict[str, Any] = {"action": "append", "default": []}
-    add("--file", metavar="PATH|URL", help="attach it", **many)
-    add("--tool-result", metavar="CALL_ID=JSON", help="answer a tool call", **many)
-    for name, (item, kind) in _json_fields(CreateAgentResponseRequestBody).items():
-        option, about = f"--{name.replace('_', '-')}", item.metadata["about"]
-        plain, models, _, _ = kind
-        if plain is bool:
+    add("--file", metavar="PATH|URL", action="append", help="attach it")
+    about = "answer a tool call"
+    add("--tool-result", metavar="CALL_ID=JSON", action="append", help=about)
+    for name, (item, kind) in _json_fields(_Call).items():
+        option, about = _option_name(name), item.metadata["about"]
+        if kind.plain is bool:
             add(option, action="store_true", help=about)
-        elif plain is str:
+        elif kind.plain is str:
             add(option, metavar="ID", help=about)
         elif name == "message":
             add(option, metavar="JSON|@FILE", help="a whole message")
-        elif models:
+        elif kind.models:
             add(option, metavar="ID|JSON|@FILE", help=about)
         else:
-            add(option, metavar="NAME=VALUE|JSON|@FILE", help=about, **many)
+            add(option, metavar="NAME=VALUE|JSON|@FILE", action="append", help=about)
     add("--extra-body", metavar="JSON|@FILE", help="fields that this file lacks")
     add("--server-url", metavar="URL", help="instead of ORQ_BASE_URL")
     add("--timeout", metavar="SECONDS", type=float, help="for an attempt (600)")
@@ -1859,81 +1704,80 @@ def _json_option(option: str, text: str) -> Any:
                 text = stream.read()
         return json.loads(text)
     except OSError as error:
-        problem = f"cannot read {text[1:]!r}: {error.strerror}"
+        _fail(option, f"cannot read {text[1:]!r}: {error.strerror}")
     except (ValueError, RecursionError) as error:
-        problem = f"is not JSON: {error}"
-    raise ValidationError([(option, problem)])
+        _fail(option, f"is not JSON: {error}")
 
 
-def _read_option(name: str, value: Any) -> Any:
+def _read_option(name: str, given: Any) -> Any:
     """What an option that stands for a field of the body says."""
-    option = f"--{name.replace('_', '-')}"
-    models = _json_fields(CreateAgentResponseRequestBody)[name][1].models
-    if models and not re.match(r"\s*[@{[]", value):
-        return {next(iter(_json_fields(models[0]))): value}  # a bare word is the id
-    if models:
-        return _json_option(option, value)
-    if not isinstance(value, list):
-        return value
+    option, kind = _option_name(name), _json_fields(_Call)[name][1]
+    if kind.models and not re.match(r"\s*[@{[]", given):
+        return {next(iter(_json_fields(kind.models[0]))): given}  # a word is the id
+    if kind.models:
+        return _json_option(option, given)
+    if not isinstance(given, list):
+        return given
     merged: Dict[str, Any] = {}
-    for text in value:
-        key, equals, content = text.partition("=")
+    for text in given:
+        key, equals, value = text.partition("=")
         is_pair = equals and not re.match(r"\s*[@{[]", text)
-        pairs = {key: content} if is_pair else _json_option(option, text)
+        pairs = {key: value} if is_pair else _json_option(option, text)
         if not isinstance(pairs, dict):
-            raise ValidationError([(option, "must be an object")])
+            _fail(option, "must be an object")
         for key in merged.keys() & pairs.keys():
-            raise ValidationError([(option, f"{key!r} is given twice")])
+            _fail(option, f"{key!r} is given twice")
         merged.update(pairs)
-    return merged if value else None
+    return merged
 
 
 def _tool_result(text: str) -> ToolResultPart:
     # an id may end in "=" (base64), with which no JSON begins
     match = re.match(r'(.+?)=\s*([@[{"0-9-]|true|false|null)', text, re.DOTALL)
     if not match:
-        raise ValidationError([("--tool-result", f"{text!r} is not CALL_ID=JSON")])
-    call_id, result = match[1], text[match.start(2) :]
-    return ToolResultPart(call_id, _json_option("--tool-result", result))
+        _fail("--tool-result", f"{text!r} is not CALL_ID=JSON")
+    result = _json_option("--tool-result", text[match.start(2) :])
+    return ToolResultPart(match[1], result)
 
 
-def _read_stdin(fail: Callable[[str], "NoReturn"]) -> str:
+def _read_stdin() -> str:
     if sys.stdin is None or sys.stdin.isatty():
-        fail("MESSAGE is missing")
+        _fail("MESSAGE", "missing")
     try:
         data = getattr(sys.stdin, "buffer", sys.stdin).read()
         text = data if isinstance(data, str) else data.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        fail(f"standard input cannot be read as UTF-8 text: {error}")
+        _fail("standard input", f"cannot be read as UTF-8 text: {error}")
     return re.sub(r"\r?\n$", "", text)
 
 
 def _read_message(options: Any) -> Any:
     """What MESSAGE, --message, --file, --tool-result and standard input say."""
-    fail = options.fail
-    text = options.text
-    plain = text is not None or bool(options.file)
-    if plain + bool(options.tool_result) + (options.message is not None) > 1:
-        fail("--message, --tool-result, and MESSAGE with --file exclude each other")
+    text, files, results = options.text, options.file or [], options.tool_result or []
+    plain = text is not None or bool(files)
+    if plain + bool(results) + (options.message is not None) > 1:
+        _fail(
+            "usage", "--message, --tool-result, and MESSAGE or --file exclude another"
+        )
     if options.message is not None:
         return _json_option("--message", options.message)
-    if options.tool_result:
-        return A2AMessage("tool", [_tool_result(text) for text in options.tool_result])
+    if results:
+        return A2AMessage("tool", [_tool_result(text) for text in results])
     if text == "-" or not plain:
-        text = _read_stdin(fail)
+        text = _read_stdin()
     parts: List[Any] = [TextPart(text)] if text and text.strip() else []
-    for place in options.file:
+    for place in files:
         is_url = re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", place)
         try:
             parts.append((FilePart.from_uri if is_url else FilePart.from_path)(place))
         except OSError as error:
-            fail(f"cannot read {place!r}: {error.strerror}")
+            _fail("--file", f"cannot read {place!r}: {error.strerror}")
     if not parts:
-        fail("the message is empty")
+        _fail("MESSAGE", "empty")
     return A2AMessage("user", parts)
 
 
-def _print_answer(answer: CreateAgentResponseResponseBody, options: Any) -> None:
+def _print_answer(answer: ResponseBody, options: Any) -> None:
     import shlex
 
     text = str(answer.task_id or "") if options.background else answer.text
@@ -1957,7 +1801,9 @@ def _print_answer(answer: CreateAgentResponseResponseBody, options: Any) -> None
 
 
 def _tick(done: threading.Event) -> None:
-    """Show the seconds that pass, on the terminal."""
+    """Show the seconds that pass, if a terminal is there."""
+    if sys.stderr is None or not sys.stderr.isatty():
+        return
     started = time.monotonic()
     while not done.wait(1):
         sys.stderr.write(f"\r{time.monotonic() - started:.0f} s ")
@@ -1980,7 +1826,6 @@ def _parse(argv: List[str]) -> Any:
     if len(words) > 2 or not (words or options.verbose):
         parser.error("AGENT_KEY and at most one MESSAGE are wanted")
     options.agent_key, options.text = (*words, None, None)[:2]
-    options.fail = parser.error
     return options
 
 
@@ -1990,17 +1835,16 @@ def _run_command(argv: List[str]) -> None:
     if options.agent_key is None:
         return _print(sys.stdout, f"orq_min {__version__}")
     call = {"agent_key": options.agent_key, "message": _read_message(options)}
-    for name in list(_json_fields(CreateAgentResponseRequestBody))[1:]:
-        value = getattr(options, name)
-        call[name] = None if value is None else _read_option(name, value)
+    for name in list(_json_fields(_Call))[1:]:
+        given = getattr(options, name)
+        call[name] = None if given is None else _read_option(name, given)
     if options.extra_body is not None:
         call["extra_body"] = _json_option("--extra-body", options.extra_body)
     if options.timeout is not None:
         call["timeout_ms"] = options.timeout * 1000
     if options.retry or options.no_retry:
         call["retries"] = RetryConfig() if options.retry else None
-    key = "***" if options.dry_run else None
-    with Orq(key, server_url=options.server_url) as orq:
+    with Orq("***" if options.dry_run else None, server_url=options.server_url) as orq:
         if options.dry_run:
             prepared = orq.agents.responses.prepare(**call)
             lines = [f"{prepared.method} {prepared.url}"]
@@ -2008,15 +1852,12 @@ def _run_command(argv: List[str]) -> None:
             return _print(sys.stdout, "\n".join([*lines, "", prepared.body.decode()]))
         done = threading.Event()
         clock = threading.Thread(target=_tick, args=(done,), daemon=True)
-        shown = sys.stderr is not None and sys.stderr.isatty()
-        if shown:
-            clock.start()
+        clock.start()
         try:
             answer = orq.agents.responses.create(**call)
         finally:
             done.set()
-            if shown:
-                clock.join()
+            clock.join()
     _print_answer(answer, options)
 
 
