@@ -952,14 +952,12 @@ class _Cancellation:
     def __init__(self) -> None:
         self.event = threading.Event()
         self._lock = threading.Lock()
-        self._sock: Optional[socket.socket] = None
+        self._connection: Optional[_Connection] = None
 
-    def watch(self, sock: Optional[socket.socket]) -> None:
-        """Note the socket in use. ConnectionError if the call has been ended."""
-        with self._lock:  # else cancel could shut a socket that serves another call
-            self._sock = sock
-            if self.event.is_set():
-                raise ConnectionAbortedError("cancelled")
+    def watch(self, connection: "Optional[_Connection]") -> None:
+        """Note the connection in use."""
+        with self._lock:  # else cancel could shut one that serves another call
+            self._connection = connection
 
     def pause(self, seconds: float) -> None:
         """Wait, until the call is ended at most; a signal ends sleep everywhere."""
@@ -969,12 +967,8 @@ class _Cancellation:
     def cancel(self) -> None:
         with self._lock:
             self.event.set()
-            try:
-                if self._sock is not None:
-                    # past SSLSocket.shutdown, after which it would send plain text
-                    socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
-            except OSError:
-                pass  # not connected yet, or no longer
+            if self._connection is not None:
+                self._connection.shut()
 
 
 class _Attempt(urllib.request.Request):
@@ -986,9 +980,12 @@ class _Attempt(urllib.request.Request):
     sent = False  # its last byte was handed to the system
 
     def time_left(self) -> float:
+        """Seconds; raises if there are none, or the call has been ended."""
         left = self.deadline - time.monotonic()
         if left <= 0:
             raise socket.timeout("the deadline has passed")
+        if self.cancellation.event.is_set():
+            raise ConnectionAbortedError("cancelled")
         return left
 
 
@@ -1065,6 +1062,13 @@ class _Connection(io.RawIOBase):
         if self.sock is not None:
             self.sock.close()
 
+    def shut(self) -> None:
+        """End what another thread is doing with it."""
+        try:  # past SSLSocket.shutdown, after which it would send plain text
+            socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
+        except (OSError, TypeError):
+            pass  # not connected yet, or no longer
+
     def dial(self, host: str, port: int) -> None:
         """Connect to the first address that accepts; each has its share of the time.
 
@@ -1075,7 +1079,6 @@ class _Connection(io.RawIOBase):
             family, kind, protocol, _, address = addresses[-left]
             try:
                 self.sock = socket.socket(family, kind, protocol)
-                self.attempt.cancellation.watch(self.sock)
                 self.sock.settimeout(self.attempt.time_left() / left)
                 self.sock.connect(address)
                 break
@@ -1107,7 +1110,6 @@ class _Connection(io.RawIOBase):
             self.sock, server_hostname=host, do_handshake_on_connect=False
         )
         self.reader = _Reader(self)  # nothing from before TLS may be taken for it
-        self.attempt.cancellation.watch(self.sock)
         self.sock.settimeout(self.attempt.time_left())
         self.sock.do_handshake()
 
@@ -1161,10 +1163,8 @@ class _Connection(io.RawIOBase):
         self.sock.settimeout(0)
         try:  # past SSLSocket.recv, which cannot peek
             socket.socket.recv(self.sock, 1, socket.MSG_PEEK)
-        except BlockingIOError:
-            return True
-        except OSError:
-            pass
+        except OSError as error:
+            return isinstance(error, BlockingIOError)
         return False
 
 
@@ -1192,9 +1192,9 @@ class _ConnectionHandler(urllib.request.BaseHandler):
         connection = kept or _Connection(peer)
         connection.attempt = attempt
         try:
+            attempt.cancellation.watch(connection)
             if kept is None:
                 self._connect(connection, tunnel, credentials)
-            attempt.cancellation.watch(connection.sock)
             answer, clean = connection.exchange()
             attempt.cancellation.watch(None)
             if answer.status == 407 and attempt.has_proxy():
@@ -1783,9 +1783,8 @@ def _print_answer(answer: ResponseBody, options: Any) -> None:
     text = str(answer.task_id or "") if options.background else answer.text
     if options.json:
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-        text = json.dumps(answer.raw, indent=2, ensure_ascii=False)
-        if text.encode(encoding, "ignore").decode(encoding) != text:
-            text = json.dumps(answer.raw, indent=2)
+        is_unicode = encoding.lower().startswith("utf")
+        text = json.dumps(answer.raw, indent=2, ensure_ascii=not is_unicode)
     if text:
         _print(sys.stdout, text)
     task_id = answer.task_id if isinstance(answer.task_id, str) else ""
