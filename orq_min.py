@@ -1395,7 +1395,8 @@ def _show_parameters(function: Any, call: Any) -> Any:
     own += [p.replace(kind=p.KEYWORD_ONLY) for p in more if p.name not in names]
     function.__signature__ = shown.replace(parameters=own)
     about = "\n".join(f"    {f.name}: {f.metadata['about']}" for f in fields(call))
-    function.__doc__ = f"{inspect.cleandoc(function.__doc__)}\n\n{about}"
+    text = inspect.cleandoc(function.__doc__ or "")  # -OO leaves none
+    function.__doc__ = f"{text}\n\n{about}"
     return function
 
 

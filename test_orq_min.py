@@ -1111,6 +1111,14 @@ class OneFile(LoopbackTest):
                 os.chmod(place, 0o755)
                 self.assertEqual(said, "You said: hi")
 
+    def test_it_works_without_docstrings(self):
+        code = "import sys; sys.path.insert(0, sys.argv[1]); import orq_min\n"
+        code += "print(orq_min.create_response('my-agent', 'hi', **eval(sys.argv[2])).text)"
+        given = repr({"api_key": self.service.key, "server_url": self.service.url})
+        flags = ("-I", "-S", "-B", "-OO")
+        said = self.python(code, os.path.dirname(MODULE), given, flags=flags)
+        self.assertEqual(said, "You said: hi")
+
     def test_it_names_its_licence_and_version_at_its_head(self):
         with open(MODULE, encoding="ascii") as file:
             head = [file.readline() for _ in range(2)]
