@@ -21,6 +21,7 @@ import decimal
 import email.utils
 import enum
 import functools
+import gc
 import gzip
 import http.client
 import http.server
@@ -56,6 +57,7 @@ import unittest
 import urllib.parse
 import urllib.request
 import uuid
+import warnings
 import zipfile
 import zlib
 from typing import List, NamedTuple, Tuple
@@ -2972,6 +2974,8 @@ class StandardOutputHoldsTheAnswer(CommandTest):
                 encoding = env.get("PYTHONIOENCODING", "utf-8")
                 self.assertEqual(json.loads(done.stdout.decode(encoding)), answer)
                 self.assertIn(b'\n  "', done.stdout)
+                if env == {"LC_ALL": "C"}:  # which is UTF-8 to Python
+                    self.assertIn("na\u00efve".encode(), done.stdout)
 
     def test_an_error_in_any_script_is_printed_in_any_locale(self):
         for env in self.LOCALES[1:3]:
@@ -3978,6 +3982,39 @@ class ConnectionsAreKept(WireTest):
             self.assertEqual(self.call(orq, "two"), "two")
             self.assertEqual(wire.on, [0, 1])
 
+    def test_a_connection_that_the_server_reset_is_not_used(self):
+        def answer_and_reset(peer):
+            peer.send(reply("one"))
+            peer.pause(0.05)
+            peer.close(reset=True)
+
+        wire = self.wire(answer_and_reset, repeat_text)
+        orq = self.client(wire)
+        self.assertEqual(self.call(orq), "one")
+        self.assertTrue(until(lambda: wire.peers[0].sock.fileno() < 0))
+        self.assertEqual(self.call(orq, "two"), "two")
+        self.assertEqual(wire.on, [0, 1])
+
+    def test_a_client_that_is_dropped_closes_its_connections(self):
+        wire = self.wire()
+        orq = orq_min.Orq("k", server_url=wire.url)
+        self.assertEqual(self.call(orq), "hi")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            gc.disable()  # at once, as a script may drop many
+            self.addCleanup(gc.enable)
+            del orq
+        self.assertEqual([str(warning.message) for warning in caught], [])
+        self.assertTrue(until(lambda: wire.gone == [0], 1))
+
+    def test_async_calls_in_a_row_share_one_connection(self):
+        wire = self.wire()
+        orq = self.client(wire)
+        given = {"agent_key": "my-agent", "message": "hi"}
+        for _ in range(3):
+            asyncio.run(orq.agents.responses.create_async(**given))
+        self.assertEqual(wire.on, [0, 0, 0])
+
     def test_a_connection_into_which_bytes_came_unasked_is_not_used(self):
         for tls in (None, server_context()):
             wire = self.wire(tls=tls)
@@ -4400,7 +4437,11 @@ class TheDeadlineBoundsAnAttempt(WireTest):
                 for address in (closed.getsockname(), ("127.0.0.1", wire.port))
             ]
             with mock.patch("socket.getaddrinfo", lambda *_, **__: found):
-                self.assertEqual(self.call(self.client(wire), "hi"), "hi")
+                with warnings.catch_warnings(record=True) as caught:
+                    warnings.simplefilter("always")
+                    self.assertEqual(self.call(self.client(wire), "hi"), "hi")
+                    gc.collect()
+        self.assertEqual([str(warning.message) for warning in caught], [])
 
 
 class CallsCanBeEnded(WireTest):
