@@ -155,10 +155,10 @@ class APITimeoutError(APIConnectionError):
 # schema (operation CreateAgentResponse).
 
 
-Check = Optional[Callable[[Any], str]]  # returns what is wrong with a value, or ""
+_Check = Optional[Callable[[Any], str]]  # returns what is wrong with a value, or ""
 
 
-def _about(text: str, json_name: Optional[str] = "", check: Check = None) -> Any:
+def _about(text: str, json_name: Optional[str] = "", check: _Check = None) -> Any:
     """A field's metadata; its JSON name is its own where "", and None outside JSON."""
     return {"about": text, "json_name": json_name, "check": check}
 
@@ -916,7 +916,7 @@ def _spellings(character: str) -> str:
     return f"(?:{re.escape(character)}|{escaped}{named})"
 
 
-@dataclass(eq=False)
+@dataclass
 class PreparedRequest:
     """A request that was checked and can be sent.
 
@@ -1608,6 +1608,7 @@ class Orq:
 def _takes_alone(
     call: "Callable[P, Any]",
 ) -> "Callable[[Callable[..., T]], Callable[P, T]]":
+    """Give a function of **given the parameters of a call."""
     return lambda function: cast(Any, _show_parameters(function, call))
 
 
