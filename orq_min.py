@@ -826,7 +826,7 @@ def _retry_wait(
 # redirect points. http.client reads the answer. The connection is ours.
 
 _SERVER_URL = (
-    r"(?i)(https?)://(\[[0-9a-f:.]+\]|[^][/?#@:]+)(?::([0-9]{1,5}))?"
+    r"((?ai:https?))://(\[[0-9A-Fa-f:.]+\]|[^][/?#@:]+)(?::([0-9]{1,5}))?"
     r"(/[^\s?#\\\x00-\x1f\x7f]*)?"
 )
 _HOST = r"\[.*\]|[0-9a-z._~-]+"  # of the above, after its conversion to ASCII
@@ -910,10 +910,12 @@ def _request_headers(api_key: Any, given: Any, problems: Problems) -> Dict[str, 
 
 def _spellings(character: str) -> str:
     """A pattern for a character as it is, or escaped as in JSON, a URL or HTML."""
-    code, quoted = ord(character), urllib.parse.quote(character, "")
-    escaped = f"{re.escape(quoted)}|\\\\u{code:04x}|&#{code};|&#x{code:x};"
-    named = "" if character.isalnum() else f"|\\\\{re.escape(character)}|&[a-z]+;"
-    return f"(?:{re.escape(character)}|{escaped}{named})"
+    plain, code = re.escape(character), ord(character)
+    if character.isalnum() and code < 128:
+        return plain  # nothing escapes it, and re finds a literal text fast
+    quoted = re.escape(urllib.parse.quote(character, ""))
+    coded = f"{quoted}|\\\\u{code:04x}|&#{code};|&#x{code:x};|&[a-z]+;"
+    return f"(?:{plain}|\\\\{plain}|(?i:{coded}))"
 
 
 @dataclass
@@ -934,7 +936,7 @@ class PreparedRequest:
         """The text without the key, as it is or in a usual escaping."""
         scheme, _, key = self.headers["Authorization"].partition(" ")
         spellings = map(_spellings, key or scheme)
-        return re.sub("".join(spellings) or "(?!)", "***", text, flags=re.IGNORECASE)
+        return re.sub("".join(spellings) or "(?!)", "***", text)
 
 
 class _Answer(NamedTuple):
@@ -1523,7 +1525,7 @@ class Responses:
         if timeout is not None and not 0 < timeout <= MAX_TIMEOUT_MS:
             problems.append(("timeout_ms", f"must be above 0, up to {MAX_TIMEOUT_MS}"))
         config = self._retry_config if call.retries is UNSET else call.retries
-        if config is not None and config is not DEFAULT_RETRY:
+        if config is not None:
             _encode(_Kind(None, (RetryConfig,)), config, "retries", problems)
         if problems:
             raise ValidationError(problems)
@@ -1750,7 +1752,7 @@ def _read_stdin() -> str:
         text = data if isinstance(data, str) else data.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         _fail("standard input", f"cannot be read as UTF-8 text: {error}")
-    return re.sub(r"\r?\n$", "", text)
+    return re.sub(r"\r?\n\Z", "", text)
 
 
 def _read_message(options: Any) -> Any:

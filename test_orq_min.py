@@ -2348,6 +2348,8 @@ BAD_SERVERS = (
         "https://my.orq.ai\r\nX: y",
         "https://my.orq\t.ai",
         "https://my.orq.ai/\x00",
+        "http\u017f://x:1",  # a long s, which is an s where case does not matter
+        "http\u017f://x",
         "https://my.orq.ai/\x7f",
         "https://my.orq.ai/\u2028x",
         "https://%s.ai" % ("x" * 64),
@@ -2780,6 +2782,9 @@ class TheCommandTakesAMessage(CommandTest):
         ascii_only = dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
         given = dict(stdin=stdin, env=dict(ascii_only, PYTHONIOENCODING="utf-8"))
         self.assertAllSend(wanted, argvs, **given)
+        for given, sent in ((b"a\n\n", "a\n"), (b"a\r\n\r\n", "a\r\n"), (b"a", "a")):
+            body = self.sent("my-agent", stdin=given)  # without its last newline
+            self.assertEqual(body["message"], only_text(sent))
         path = self.write("a.txt", b"a")
         body = self.sent("my-agent", "-", "--file", path, stdin=b"both")
         self.assertEqual(
@@ -3580,6 +3585,11 @@ class RetrySettingsAreChecked(LoopbackTest):
         config.backoff.exponent = "2"
         broken = "retries.backoff.exponent"
         self.assertRefused(broken, lambda: self.create(retries=config))
+        with mock.patch.object(orq_min.DEFAULT_RETRY.backoff, "exponent", "2"):
+            with orq_min.Orq("k", server_url=self.service.url) as orq:
+                given = {"agent_key": "my-agent", "message": "hi"}
+                create = orq.agents.responses.create
+                self.assertRefused(broken, lambda: create(**given))
         for retries in ("backoff", True, {}, orq_min.BackoffStrategy()):
             with self.subTest(retries=retries):
                 self.assertRefused("retries", lambda: self.create(retries=retries))
@@ -5111,6 +5121,20 @@ class TheKeyIsInNoText(WireTest):
                 error = self.failure(self.enter(orq_min.Orq(key, **options)))
                 shown = str(error).rpartition(": ")[2]
                 self.assertEqual(shown.replace(" kxk", ""), "<i>***</i>")
+
+    def test_a_large_error_of_almost_the_key_does_not_stop_the_program(self):
+        key = "eyJhbGciOiJIUzI1NiIsInR5cCI6IkpXVCJ9.abc/d+e=="
+        wire = self.wire(reply(b"eyJhbGciOi" * 1000000, "500 No"))
+        code = """
+            import orq_min
+            try:
+                orq_min.create_response("a", "b", retries=None)
+            except orq_min.APIError:
+                print("done")
+        """
+        process = script(code, ORQ_BASE_URL=wire.url, ORQ_API_KEY=key)
+        self.addCleanup(process.kill)  # it took a minute
+        self.assertEqual(process.communicate(timeout=20), (b"done\n", b""))
 
     def test_an_empty_authorization_leaves_the_text_as_it_is(self):
         wire = self.wire(reply(b"no key", "401 No"))
