@@ -266,7 +266,7 @@ class FilePart(_Checked):
     @classmethod
     def from_uri(cls, uri: str) -> "FilePart":
         """Attach a file that the service fetches."""
-        path = re.split("[?#]", str(uri))[0]
+        path = re.split("[?#]", uri)[0] if isinstance(uri, str) else ""
         return cls(FileInURIFormat(uri, _guess_mime_type(path.rpartition("/")[2])))
 
 
@@ -913,12 +913,13 @@ def _spellings(character: str) -> str:
     plain, code = re.escape(character), ord(character)
     if character.isalnum() and code < 128:
         return plain  # nothing escapes it, and re finds a literal text fast
-    quoted = re.escape(urllib.parse.quote(character, ""))
-    coded = f"{quoted}|\\\\u{code:04x}|&#{code};|&#x{code:x};|&[a-z]+;"
+    # no form twice: re would try each, and double its time for each character
+    percent = "".join(f"%{byte:02x}" for byte in character.encode())
+    coded = f"{percent}|\\\\u{code:04x}|&#{code};|&#x{code:x};|&[a-z]+;"
     return f"(?:{plain}|\\\\{plain}|(?i:{coded}))"
 
 
-@dataclass
+@dataclass(eq=False)
 class PreparedRequest:
     """A request that was checked and can be sent.
 
@@ -1507,7 +1508,7 @@ class Responses:
         content = _encode_object((_Call,), call, "", problems)
         if call.extra_body is not None:
             extra = _encode(_Kind(dict), call.extra_body, "extra_body", problems) or {}
-            for name in extra.keys() & _json_fields(_Call):
+            for name in filter(_json_fields(_Call).__contains__, extra):
                 problems.append((f"extra_body.{name}", "is a parameter of its own"))
             content.update(extra)
         server = self._server_url if call.server_url is None else call.server_url
@@ -1656,7 +1657,7 @@ def _option_parser() -> "argparse.ArgumentParser":
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> "NoReturn":
-            _fail("usage", f"{message} (--help says more)")
+            _fail("usage", f"{_one_line(message)} (--help says more)")
 
     parser = Parser(
         "orq_min.py",
@@ -1746,7 +1747,7 @@ def _tool_result(text: str) -> ToolResultPart:
 
 def _read_stdin() -> str:
     if sys.stdin is None or sys.stdin.isatty():
-        _fail("MESSAGE", "missing")
+        _fail("MESSAGE", "required (--help says more)")
     try:
         data = getattr(sys.stdin, "buffer", sys.stdin).read()
         text = data if isinstance(data, str) else data.decode("utf-8-sig")
@@ -1760,9 +1761,7 @@ def _read_message(options: Any) -> Any:
     text, files, results = options.text, options.file or [], options.tool_result or []
     plain = text is not None or bool(files)
     if plain + bool(results) + (options.message is not None) > 1:
-        _fail(
-            "usage", "--message, --tool-result, and MESSAGE or --file exclude another"
-        )
+        _fail("usage", "give one: --message, --tool-result, or MESSAGE and --file")
     if options.message is not None:
         return _json_option("--message", options.message)
     if results:
@@ -1777,7 +1776,7 @@ def _read_message(options: Any) -> Any:
         except OSError as error:
             _fail("--file", f"cannot read {place!r}: {error.strerror}")
     if not parts:
-        _fail("MESSAGE", "empty")
+        _fail("MESSAGE", "must not be empty (--help says more)")
     return A2AMessage("user", parts)
 
 

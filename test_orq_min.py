@@ -5111,6 +5111,7 @@ class TheKeyIsInNoText(WireTest):
         for key, echo in (
             ("ab/cd+1", r"ab\/cd+1"),
             ("sk/x", "sk%2fx"),
+            ("test-key", "test%2Dkey"),
             ("sk-\xe9x", r"sk-\u00E9x"),
             ("a&b'c<d", "a&amp;b&#39;c&lt;d"),
             ("k.k", "k.k kxk"),
@@ -5134,6 +5135,21 @@ class TheKeyIsInNoText(WireTest):
         """
         process = script(code, ORQ_BASE_URL=wire.url, ORQ_API_KEY=key)
         self.addCleanup(process.kill)  # it took a minute
+        self.assertEqual(process.communicate(timeout=20), (b"done\n", b""))
+
+    def test_an_error_that_quotes_a_part_of_the_key_does_not_stop_the_program(self):
+        key = "sk-%s" % "-".join(["._~ab"] * 8)
+        body = ("invalid token %s... " % key[:-2] + "and more " * 50).encode()
+        wire = self.wire(reply(body, "401 No"))
+        code = """
+            import orq_min
+            try:
+                orq_min.create_response("a", "b", retries=None)
+            except orq_min.APIError:
+                print("done")
+        """
+        process = script(code, ORQ_BASE_URL=wire.url, ORQ_API_KEY=key)
+        self.addCleanup(process.kill)  # each form twice would take for ever
         self.assertEqual(process.communicate(timeout=20), (b"done\n", b""))
 
     def test_an_empty_authorization_leaves_the_text_as_it_is(self):
