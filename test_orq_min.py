@@ -3585,11 +3585,6 @@ class RetrySettingsAreChecked(LoopbackTest):
         config.backoff.exponent = "2"
         broken = "retries.backoff.exponent"
         self.assertRefused(broken, lambda: self.create(retries=config))
-        with mock.patch.object(orq_min.DEFAULT_RETRY.backoff, "exponent", "2"):
-            with orq_min.Orq("k", server_url=self.service.url) as orq:
-                given = {"agent_key": "my-agent", "message": "hi"}
-                create = orq.agents.responses.create
-                self.assertRefused(broken, lambda: create(**given))
         for retries in ("backoff", True, {}, orq_min.BackoffStrategy()):
             with self.subTest(retries=retries):
                 self.assertRefused("retries", lambda: self.create(retries=retries))
