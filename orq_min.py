@@ -58,12 +58,12 @@ from typing import Optional, Sequence, Tuple, Type, TypeVar, Union, cast
 
 if TYPE_CHECKING:  # what Python 3.7 lacks, or a call may not need
     import argparse
-    from ssl import SSLContext
+    from ssl import SSLContext as _SSLContext
     from typing import Concatenate, Hashable, NoReturn, ParamSpec, Self
 
     P = ParamSpec("P")
 else:
-    SSLContext = Any
+    _SSLContext = Any  # no text, for which dataclasses needs this module in sys.modules
 
 # --- Constants --------------------------------------------------------------
 
@@ -71,12 +71,12 @@ __version__ = "1.0.0"
 
 DEFAULT_SERVER = "https://my.orq.ai"
 DEFAULT_TIMEOUT_MS = 600_000
-MAX_TIMEOUT_MS = 2**31 - 1  # the most that a socket's timeout can hold
+MAX_TIMEOUT_MS = 2**31 - 1  # poll takes milliseconds as an int; waits are bounded too
 MAX_ANSWER_BYTES = 256 * 2**20
 MAX_REDIRECTS = 5
 MAX_NESTING = 100  # levels of a free-form value; json gives up near 1000
 MAX_NUMBER = sys.float_info.max
-MAX_INTEGER_BITS = 2_000  # about 600 digits; Python may be set to refuse 641
+MAX_INTEGER_DIGITS = 640  # Python may be set to refuse more, not fewer (gh-95778)
 IDLE_SECONDS = 4.0  # many servers close an idle connection after 5
 KEEPALIVE_SECONDS = 60  # a NAT forgets a silent connection after some minutes
 BLOCK_BYTES = 64 * 2**10  # read or sent at once
@@ -163,8 +163,10 @@ def _about(text: str, json_name: Optional[str] = "", check: _Check = None) -> An
     return {"about": text, "json_name": json_name, "check": check}
 
 
-def _optional(*about: Any, default: Any = None) -> Any:
-    return field(default=default, metadata=_about(*about))
+def _optional(
+    about: str, json_name: Optional[str] = "", check: _Check = None, default: Any = None
+) -> Any:
+    return field(default=default, metadata=_about(about, json_name, check))
 
 
 def _one_of(*choices: str) -> Callable[[Any], str]:
@@ -173,7 +175,7 @@ def _one_of(*choices: str) -> Callable[[Any], str]:
 
 
 def _kind(name: str) -> Any:
-    return _optional(f"always {name!r}", "", _one_of(name), default=name)
+    return _optional(f"always {name!r}", check=_one_of(name), default=name)
 
 
 def _base64_problem(value: str) -> str:
@@ -190,7 +192,7 @@ class _Declared:
 
     def __init_subclass__(cls) -> None:
         lines = [cls.__doc__ or cls.__name__, ""]
-        for name, value in vars(cls).items():
+        for name, value in vars(cls).items():  # before @dataclass replaces them
             if isinstance(value, Field) and value.metadata:
                 lines.append(f"    {name}: {value.metadata['about']}")
         cls.__doc__ = "\n".join(lines)
@@ -459,40 +461,42 @@ _WORDS = {str: "text", bool: "true or false", float: "a number", list: "a list"}
 _TEXT_LIKE = (str, bytes, bytearray, memoryview)  # sequences, but no lists
 
 
-class _Kind(NamedTuple):
+class _Shape(NamedTuple):
     """What an annotation says that a value may be."""
 
     plain: Any  # str, bool, float, list, dict, Any, or None for none of these
     models: Tuple[Any, ...] = ()  # dataclasses
-    items: Any = None  # the kind of a list's items
+    items: Any = None  # the shape of a list's items
     optional: bool = False  # None will do
 
 
-def _read_annotation(annotation: Any) -> _Kind:
+def _read_annotation(annotation: Any) -> _Shape:
     origin = getattr(annotation, "__origin__", annotation)
     members = [a for a in getattr(annotation, "__args__", ()) if a is not type(None)]
     if origin in (list, abc.Sequence):
-        return _Kind(list, (), _read_annotation(members[0]))
+        return _Shape(list, (), _read_annotation(members[0]))
     if origin in (dict, abc.Mapping):
-        return _Kind(dict)
+        return _Shape(dict)
     if is_dataclass(annotation):
-        return _Kind(None, (annotation,))
+        return _Shape(None, (annotation,))
     if not members:
-        return _Kind(annotation, optional=annotation is Any)
-    kinds = [_read_annotation(member) for member in members]
-    models = tuple(model for kind in kinds for model in kind.models)
+        return _Shape(annotation, optional=annotation is Any)
+    # besides its models, a Union here allows what its last member says; the text
+    # that `message` may be is made an object before it is checked
+    shapes = [_read_annotation(member) for member in members]
+    models = tuple(model for shape in shapes for model in shape.models)
     optional = type(None) in annotation.__args__
-    return _Kind(kinds[-1].plain, models, kinds[-1].items, optional)
+    return _Shape(shapes[-1].plain, models, shapes[-1].items, optional)
 
 
 @functools.lru_cache(maxsize=256)
-def _json_fields(model: "Hashable") -> "Dict[str, Tuple[Field[Any], _Kind]]":
-    """The fields that JSON has too and their kinds, by their names there."""
+def _json_fields(model: "Hashable") -> "Dict[str, Tuple[Field[Any], _Shape]]":
+    """The fields that JSON has too and their shapes, by their names there."""
     own = [item for item in fields(cast(Any, model)) if item.metadata]
     declared = [item for item in own if item.metadata["json_name"] is not None]
     names = [item.metadata["json_name"] or item.name for item in declared]
-    kinds = [_read_annotation(item.type) for item in declared]
-    return dict(zip(names, zip(declared, kinds)))
+    shapes = [_read_annotation(item.type) for item in declared]
+    return dict(zip(names, zip(declared, shapes)))
 
 
 def _choose(models: Sequence[Any], given: Mapping[Any, Any]) -> Any:
@@ -500,8 +504,9 @@ def _choose(models: Sequence[Any], given: Mapping[Any, Any]) -> Any:
     if len(models) == 1:
         return models[0]
     if BinaryFormat in models:
-        has_uri = FileInURIFormat if "uri" in given else None
-        return BinaryFormat if "bytes" in given or "bytes_" in given else has_uri
+        if "bytes" in given or "bytes_" in given:
+            return BinaryFormat
+        return FileInURIFormat if "uri" in given else None
     kind = given.get("kind")
     return next((model for model in models if model.kind == kind), None)
 
@@ -526,14 +531,15 @@ def _is_list(value: Any) -> bool:
 def _unknown(name: Any, known: Sequence[str]) -> str:
     import difflib
 
+    # difflib takes the square of the length
     name = name[:80] if isinstance(name, str) else ""
     close = difflib.get_close_matches(name, known, 1)
     return "unknown field" + (f" (did you mean {close[0]!r}?)" if close else "")
 
 
-def _encode(kind: _Kind, value: Any, path: str, problems: Problems) -> Any:
+def _encode(shape: _Shape, value: Any, path: str, problems: Problems) -> Any:
     """The JSON form of what a field holds; what is wrong with it joins `problems`."""
-    plain, models, items, _ = kind
+    plain, models, items, _ = shape
     if plain in (str, bool) and isinstance(value, plain):
         return value
     is_object = plain is dict and isinstance(value, abc.Mapping)
@@ -549,6 +555,8 @@ def _encode(kind: _Kind, value: Any, path: str, problems: Problems) -> Any:
     names = " or ".join(model.__name__ for model in models)
     given = repr(value) if type(value) is float else _type_name(value)
     wanted = names or _WORDS.get(plain, "an object")
+    if names and plain is dict:
+        wanted += " or a mapping"
     problems.append((path, f"must be {wanted}, not {given}"))
     return None
 
@@ -565,17 +573,16 @@ def _encode_object(
         problems.append((path, "must have 'bytes' or 'uri'"))
         return encoded
     if model is None:
-        missing = given.get("kind") is None
-        wrong = "required" if missing else _one_of(*(m.kind for m in models))("")
-        problems.append((_at(path, "kind"), wrong))
+        kind = given.get("kind")
+        wrong = _one_of(*(model.kind for model in models))(kind)
+        problems.append((_at(path, "kind"), "required" if kind is None else wrong))
         return encoded
-    for json_name, (item, kind) in _json_fields(model).items():
+    for json_name, (item, shape) in _json_fields(model).items():
         name, content = json_name, given.pop(json_name, None)
-        again = given.pop(item.name, None)  # the two spellings may be the same
+        again = given.pop(item.name, None)  # the other spelling, where there is one
         if content is None:
-            content, again = again, None
-            name = json_name if content is None and not is_model else item.name
-        if content is None and kind.optional:
+            name, content, again = item.name, again, None
+        if content is None and shape.optional:
             continue
         where = _at(path, name)
         if content is None:
@@ -584,10 +591,11 @@ def _encode_object(
         if again is not None:
             problems.append((where, f"given as {item.name!r} too"))
         found: Problems = []
-        encoded[json_name] = _encode(kind, content, where, found)
+        encoded[json_name] = _encode(shape, content, where, found)
         check = item.metadata["check"]
-        wrong = check(content) if check and not found else ""
-        problems += [(where, wrong)] if wrong else found
+        if check and not found and check(content):
+            found.append((where, check(content)))
+        problems += found
     if not is_model:
         known = list(_json_fields(model))
         problems += [(_at(path, name), _unknown(name, known)) for name in given]
@@ -605,7 +613,7 @@ def _encode_free(
         return _encode_free(value.value, path, problems, parents)
     if value is None or isinstance(value, (str, bool)):
         return value
-    if isinstance(value, int) and value.bit_length() <= MAX_INTEGER_BITS:
+    if isinstance(value, int) and abs(value) < 10**MAX_INTEGER_DIGITS:
         return value
     if isinstance(value, float) and math.isfinite(value):
         return value
@@ -640,7 +648,7 @@ def _encode_container(
     for key, item in value.items():
         name = key.value if isinstance(key, enum.Enum) else key
         where = _at(path, name)
-        huge = isinstance(name, int) and name.bit_length() > MAX_INTEGER_BITS
+        huge = isinstance(name, int) and abs(name) >= 10**MAX_INTEGER_DIGITS
         if huge or isinstance(name, bool) or not isinstance(name, (str, int)):
             problems.append((where, f"{_type_name(name)} as a name has no JSON form"))
         elif str(name) in encoded:
@@ -650,23 +658,23 @@ def _encode_container(
     return encoded
 
 
-def _decode(kind: _Kind, value: Any) -> Any:
-    """What a kind makes of a JSON value; what does not fit it stays."""
-    if isinstance(value, list) and kind.plain is list:
-        return [_decode(kind.items, item) for item in value]
-    if not kind.models or not isinstance(value, dict):
+def _decode(shape: _Shape, value: Any) -> Any:
+    """What a shape makes of a JSON value; what does not fit it stays."""
+    if isinstance(value, list) and shape.plain is list:
+        return [_decode(shape.items, item) for item in value]
+    if not shape.models or not isinstance(value, dict):
         return value
-    model = _choose(kind.models, value)
+    model = _choose(shape.models, value)
     return _decode_object(model, value) if model else value
 
 
 def _decode_object(model: Any, given: Mapping[str, Any]) -> Any:
     decoded = model.__new__(model)  # not built: a request part would be checked
     attributes, rest = vars(decoded), dict(given)
-    for json_name, (item, kind) in _json_fields(model).items():
+    for json_name, (item, shape) in _json_fields(model).items():
         value = rest.pop(json_name, None)
         if isinstance(value, (list, dict)):
-            value = _decode(kind, value)
+            value = _decode(shape, value)
         elif value is None and json_name in ("output", "parts"):
             value = []  # programs loop over it
         attributes[item.name] = value
@@ -688,8 +696,13 @@ def _decode_answer(data: Dict[str, Any]) -> CreateAgentResponseResponseBody:
 
 
 _encode_json = json.JSONEncoder(separators=(",", ":")).encode
-# a longer integer, which Python may refuse to read (gh-95778), stays text
-_read_json = json.JSONDecoder(parse_int=lambda n: int(n) if len(n) < 640 else n).decode
+
+
+def _read_integer(digits: str) -> Union[int, str]:
+    return int(digits) if len(digits.lstrip("-")) <= MAX_INTEGER_DIGITS else digits
+
+
+_read_json = json.JSONDecoder(parse_int=_read_integer).decode
 
 
 def _decode_json(text: str) -> Any:
@@ -731,11 +744,13 @@ class BackoffStrategy(_Checked):
     Without `jitter_ms`, each wait is shortened at random by up to a quarter.
     """
 
-    initial_interval: float = _optional("first wait", "", _negative, default=500)
-    max_interval: float = _optional("longest wait", "", _negative, default=60_000)
-    exponent: float = _optional("growth of the wait", "", _negative, default=1.5)
-    max_elapsed_time: float = _optional("time in all", "", _negative, default=3_600_000)
-    jitter_ms: Optional[float] = _optional("most to add at random", "", _negative)
+    initial_interval: float = _optional("first wait", check=_negative, default=500)
+    max_interval: float = _optional("longest wait", check=_negative, default=60_000)
+    exponent: float = _optional("growth of the wait", check=_negative, default=1.5)
+    max_elapsed_time: float = _optional(
+        "time in all", check=_negative, default=3_600_000
+    )
+    jitter_ms: Optional[float] = _optional("most to add at random", check=_negative)
 
 
 @dataclass
@@ -750,14 +765,14 @@ class RetryConfig(_Checked):
     """
 
     strategy: str = _optional(
-        "'none' tries once", "", _one_of("backoff", "none"), default="backoff"
+        "'none' tries once", check=_one_of("backoff", "none"), default="backoff"
     )
     backoff: BackoffStrategy = field(
         default_factory=BackoffStrategy, metadata=_about("how long to wait")
     )
     retry_connection_errors: Optional[bool] = _optional("as above", default=True)
     status_codes_override: Optional[Sequence[str]] = _optional(
-        f"instead of {', '.join(RETRIED_STATUSES)}", "", _no_statuses
+        f"instead of {', '.join(RETRIED_STATUSES)}", check=_no_statuses
     )
 
 
@@ -813,7 +828,7 @@ def _retry_wait(
             wait = backoff.initial_interval * float(backoff.exponent) ** (attempt - 1)
             wait += random.uniform(0, backoff.jitter_ms or 0)
         except OverflowError:
-            wait = math.inf
+            wait = math.inf if backoff.initial_interval else 0.0
         wait = min(wait, backoff.max_interval, MAX_TIMEOUT_MS) / 1000
         if backoff.jitter_ms is None:
             wait *= random.uniform(0.75, 1)
@@ -832,7 +847,7 @@ _SERVER_URL = (
 _HOST = r"\[.*\]|[0-9a-z._~-]+"  # of the above, after its conversion to ASCII
 _OWN_HEADERS = ("host", "content-length", "transfer-encoding", "connection")
 _HEADER_NAME = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110, section 5.6.2
-_UNSENDABLE = r"[\x00-\x1f\x7f-\x9f]|[^\x00-\xff]"
+_UNSENDABLE = r"[^\x20-\x7e\xa0-\xff]"
 
 
 @functools.lru_cache(maxsize=16)
@@ -862,7 +877,7 @@ def _operation_url(server_url: Any, agent_key: Any, problems: Problems) -> str:
     if not origin:
         wanted = "http(s)://HOST[:PORT][/PATH], without credentials, query or fragment"
         problems.append(("server_url", f"must be {wanted}"))
-    key = _encode(_Kind(str), agent_key, "agent_key", problems) or ""
+    key = _encode(_Shape(str), agent_key, "agent_key", problems) or ""
     if isinstance(agent_key, str) and key.strip() in ("", ".", ".."):
         problems.append(("agent_key", "must name an agent"))
     try:
@@ -963,9 +978,11 @@ class _Cancellation:
             self._connection = connection
 
     def pause(self, seconds: float) -> None:
-        """Wait, until the call is ended at most; a signal ends sleep everywhere."""
-        is_main = threading.current_thread() is threading.main_thread()
-        (time.sleep if is_main else self.event.wait)(seconds)
+        """Wait; on Windows, Ctrl-C ends a sleep, but not the wait for an event."""
+        if threading.current_thread() is threading.main_thread():
+            time.sleep(seconds)
+        else:
+            self.event.wait(seconds)
 
     def cancel(self) -> None:
         with self._lock:
@@ -1068,8 +1085,9 @@ class _Connection(io.RawIOBase):
     def shut(self) -> None:
         """End what another thread is doing with it."""
         try:  # past SSLSocket.shutdown, after which it would send plain text
-            socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
-        except (OSError, TypeError):
+            if self.sock is not None:
+                socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
+        except OSError:
             pass  # not connected yet, or no longer
 
     def dial(self, host: str, port: int) -> None:
@@ -1078,16 +1096,17 @@ class _Connection(io.RawIOBase):
         The lookup of the name cannot be interrupted.
         """
         addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        for left in range(len(addresses), 0, -1):
-            family, kind, protocol, _, address = addresses[-left]
+        left = len(addresses)
+        for family, sock_type, protocol, _, address in addresses:
             try:
-                self.sock = socket.socket(family, kind, protocol)
+                self.sock = socket.socket(family, sock_type, protocol)
                 self.sock.settimeout(self.attempt.time_left() / left)
                 self.sock.connect(address)
                 break
             except OSError:
                 self.close()
-                if left == 1:
+                left -= 1
+                if not left:
                     raise
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -1108,7 +1127,7 @@ class _Connection(io.RawIOBase):
             phrase = http.client.responses.get(status, "")
             raise _ProxyRefusal(f"{status} {phrase}".rstrip())
 
-    def start_tls(self, context: SSLContext, host: str) -> None:
+    def start_tls(self, context: _SSLContext, host: str) -> None:
         self.sock = context.wrap_socket(
             self.sock, server_hostname=host, do_handshake_on_connect=False
         )
@@ -1137,7 +1156,8 @@ class _Connection(io.RawIOBase):
         """The answer, and whether another attempt can use the connection."""
         attempt: _Attempt = self.attempt
         prepared = attempt.prepared
-        # only the proxy handler has given the attempt headers of its own
+        # for a proxy of plain HTTP, urllib has made the selector the whole URL, and
+        # added its credentials to the attempt, which has no other header
         headers = [*prepared.headers.items(), *attempt.header_items()]
         lines = "".join(f"{name}: {value}\r\n" for name, value in headers)
         head = f"{prepared.method} {attempt.selector} HTTP/1.1\r\n{lines}\r\n"
@@ -1156,10 +1176,12 @@ class _Connection(io.RawIOBase):
             answer = _read_answer(response)
         except Exception as error:  # noqa: BLE001 (it is raised)
             raise broken or error
-        self.attempt = None
-        pending = getattr(self.sock, "pending", int)  # decrypted, but not read
-        odd = broken or answer.problem or self.reader.peek(1) or pending()
-        return answer, not (odd or response.will_close) and _is_framed(answer)
+        self.attempt = None  # so that peek shows what is held, and reads nothing
+        unread = bool(self.reader.peek(1))
+        if hasattr(self.sock, "pending"):  # TLS: decrypted, but not read
+            unread = unread or self.sock.pending() > 0
+        odd = broken or answer.problem or unread or response.will_close
+        return answer, not odd and _is_framed(answer)
 
     def is_quiet(self) -> bool:
         """Whether the peer has neither closed it nor sent anything unasked."""
@@ -1174,7 +1196,7 @@ class _Connection(io.RawIOBase):
 class _ConnectionHandler(urllib.request.BaseHandler):
     """Performs an attempt for urllib's opener, on a kept connection or a new one."""
 
-    def __init__(self, context: Optional[SSLContext]) -> None:
+    def __init__(self, context: Optional[_SSLContext]) -> None:
         self._context = context
         # A fork may leave a lock locked for ever. So there is one for each process,
         # and none for the list, whose append, pop and remove are atomic.
@@ -1184,8 +1206,9 @@ class _ConnectionHandler(urllib.request.BaseHandler):
 
     def http_open(self, attempt: _Attempt) -> _Answer:
         if attempt.type not in ("http", "https"):
-            raise ValueError("a proxy of another kind")
-        tunnel = getattr(attempt, "_tunnel_host", None)  # the server behind a proxy
+            raise ValueError("a proxy of another kind")  # such as socks, for http
+        # the server behind a proxy; urllib has no public name for it
+        tunnel = getattr(attempt, "_tunnel_host", None)
         credentials = attempt.get_header("Proxy-authorization", "")  # urllib's spelling
         if tunnel:  # they are for the proxy alone
             attempt.remove_header("Proxy-authorization")
@@ -1228,7 +1251,7 @@ class _ConnectionHandler(urllib.request.BaseHandler):
             server, _ = _host_and_port(tunnel or host, 443)
             connection.start_tls(self._tls_context(), server)
 
-    def _tls_context(self) -> SSLContext:
+    def _tls_context(self) -> _SSLContext:
         with self._context_locks.setdefault(os.getpid(), threading.Lock()):
             if self._context is None:
                 import ssl
@@ -1265,7 +1288,7 @@ class _ConnectionHandler(urllib.request.BaseHandler):
 
 def _explain(error: Exception, attempt: _Attempt) -> Tuple[str, bool]:
     """(what went wrong, whether another attempt may do better)."""
-    if isinstance(error, socket.timeout) and not error.errno:  # ours, no ETIMEDOUT
+    if isinstance(error, socket.timeout) and not error.errno:  # the system's has one
         return f"no complete answer within {attempt.prepared.timeout:g} s", True
     if isinstance(error, _ProxyRefusal):
         return f"the proxy refused with {error}", False
@@ -1309,7 +1332,7 @@ def _connection_error(error: Exception, attempt: _Attempt) -> APIConnectionError
 class _Transport:
     """Brings a prepared request to its server, and a complete answer back."""
 
-    def __init__(self, context: Optional[SSLContext]) -> None:
+    def __init__(self, context: Optional[_SSLContext]) -> None:
         self._connections = _ConnectionHandler(context)
         self._opener = urllib.request.OpenerDirector()
         self._opener.add_handler(urllib.request.ProxyHandler())
@@ -1318,7 +1341,7 @@ class _Transport:
     def close(self) -> None:
         self._connections.close()
 
-    __del__ = close
+    __del__ = close  # here, as the opener and its handler hold each other
 
     def exchange(self, prepared: PreparedRequest, stop: _Cancellation) -> _Answer:
         """The answer, after redirects within the origin (RFC 9110, section 15.4).
@@ -1386,7 +1409,7 @@ class _Call(_Declared):
 @dataclass
 class _SingleCall(_Call):
     api_key: APIKey = _optional("a text, or a function that returns one", None)
-    ssl_context: Optional[SSLContext] = _optional("None: the platform's", None)
+    ssl_context: Optional[_SSLContext] = _optional("None: the platform's", None)
 
 
 def _show_parameters(function: Any, call: Any) -> Any:
@@ -1451,7 +1474,7 @@ async def _in_thread(work: Callable[[], T], stop: _Cancellation) -> T:
     def run() -> None:
         try:
             future.set_result(work())
-        except StopIteration as error:  # which no future takes
+        except StopIteration as error:  # before 3.12, the task would wait for ever
             future.set_exception(RuntimeError(repr(error)))
         except BaseException as error:  # noqa: BLE001 (the task raises it)
             future.set_exception(error)
@@ -1464,7 +1487,7 @@ async def _in_thread(work: Callable[[], T], stop: _Cancellation) -> T:
         stop.cancel()
 
 
-@dataclass(repr=False, eq=False)
+@dataclass(repr=False, eq=False)  # no repr, as it would show the key
 class Responses:
     """The operation, as `orq.agents.responses`."""
 
@@ -1500,14 +1523,18 @@ class Responses:
     @_takes(_Call)
     def prepare(self, **given: Any) -> PreparedRequest:
         """Return what `create` would send, checked. Raises ValidationError."""
-        call = _Call(**given)
+        try:
+            call = _Call(**given)
+        except TypeError:  # which speaks of _Call
+            inspect.signature(self.create).bind(**given)
+            raise
         problems: Problems = []
         if isinstance(call.message, str):
             part = {"kind": "text", "text": call.message}
             call.message = {"role": "user", "parts": [part]}
         content = _encode_object((_Call,), call, "", problems)
         if call.extra_body is not None:
-            extra = _encode(_Kind(dict), call.extra_body, "extra_body", problems) or {}
+            extra = _encode(_Shape(dict), call.extra_body, "extra_body", problems) or {}
             for name in filter(_json_fields(_Call).__contains__, extra):
                 problems.append((f"extra_body.{name}", "is a parameter of its own"))
             content.update(extra)
@@ -1522,17 +1549,17 @@ class Responses:
         headers = _request_headers(key, call.http_headers, problems)
         timeout = self._timeout_ms if call.timeout_ms is None else call.timeout_ms
         timeout = DEFAULT_TIMEOUT_MS if timeout is None else timeout
-        timeout = _encode(_Kind(float), timeout, "timeout_ms", problems)
+        timeout = _encode(_Shape(float), timeout, "timeout_ms", problems)
         if timeout is not None and not 0 < timeout <= MAX_TIMEOUT_MS:
             problems.append(("timeout_ms", f"must be above 0, up to {MAX_TIMEOUT_MS}"))
         config = self._retry_config if call.retries is UNSET else call.retries
         # the default is skipped, as a check costs a call a twentieth of its time
         if config is not None and config is not DEFAULT_RETRY:
-            _encode(_Kind(None, (RetryConfig,)), config, "retries", problems)
+            _encode(_Shape(None, (RetryConfig,)), config, "retries", problems)
         if problems:
             raise ValidationError(problems)
         data = _encode_json(content).encode("ascii")
-        headers["Host"] = url.split("/", 3)[2]
+        headers["Host"] = urllib.parse.urlsplit(url).netloc
         headers["Content-Length"] = str(len(data))
         return PreparedRequest("POST", url, headers, data, timeout / 1000, config)
 
@@ -1583,7 +1610,7 @@ class Orq:
         server_url: Optional[str] = None,
         timeout_ms: Optional[float] = None,
         retry_config: Optional[RetryConfig] = DEFAULT_RETRY,
-        ssl_context: Optional[SSLContext] = None,
+        ssl_context: Optional[_SSLContext] = None,
     ) -> None:
         if ssl_context is not None and not hasattr(ssl_context, "wrap_socket"):
             raise ValidationError([("ssl_context", "must be an ssl.SSLContext")])
@@ -1675,15 +1702,15 @@ def _option_parser() -> "argparse.ArgumentParser":
     add("--file", metavar="PATH|URL", action="append", help="attach it")
     about = "answer a tool call"
     add("--tool-result", metavar="CALL_ID=JSON", action="append", help=about)
-    for name, (item, kind) in _json_fields(_Call).items():
+    for name, (item, shape) in _json_fields(_Call).items():
         option, about = _option_name(name), item.metadata["about"]
-        if kind.plain is bool:
+        if shape.plain is bool:
             add(option, action="store_true", help=about)
-        elif kind.plain is str:
+        elif shape.plain is str:
             add(option, metavar="ID", help=about)
         elif name == "message":
             add(option, metavar="JSON|@FILE", help="a whole message")
-        elif kind.models:
+        elif shape.models:
             add(option, metavar="ID|JSON|@FILE", help=about)
         else:
             add(option, metavar="NAME=VALUE|JSON|@FILE", action="append", help=about)
@@ -1702,13 +1729,23 @@ def _option_parser() -> "argparse.ArgumentParser":
     return parser
 
 
+def _recode(word: str) -> str:
+    """UTF-8 text that Python took for another encoding, as in an ASCII locale."""
+    if re.search("[\udc80-\udcff]", word):
+        return os.fsencode(word).decode("utf-8", "surrogateescape")
+    return word
+
+
+_JSON_OR_FILE = r"@|\s*[{[]"  # how an option begins that is not just a word
+
+
 def _json_option(option: str, text: str) -> Any:
     """JSON text, or what @FILE holds."""
     try:
         if text.startswith("@"):
             with open(text[1:], encoding="utf-8-sig") as stream:
-                text = stream.read()
-        return json.loads(text)
+                return json.loads(stream.read())
+        return json.loads(_recode(text))
     except OSError as error:
         _fail(option, f"cannot read {text[1:]!r}: {error.strerror}")
     except (ValueError, RecursionError) as error:
@@ -1717,22 +1754,23 @@ def _json_option(option: str, text: str) -> Any:
 
 def _read_option(name: str, given: Any) -> Any:
     """What an option that stands for a field of the body says."""
-    option, kind = _option_name(name), _json_fields(_Call)[name][1]
-    if kind.models and not re.match(r"\s*[@{[]", given):
-        return {next(iter(_json_fields(kind.models[0]))): given}  # a word is the id
-    if kind.models:
+    option, shape = _option_name(name), _json_fields(_Call)[name][1]
+    if shape.models and re.match(_JSON_OR_FILE, given):
         return _json_option(option, given)
+    if shape.models:  # a word is the id, the first field of each
+        return {next(iter(_json_fields(shape.models[0]))): _recode(given)}
     if not isinstance(given, list):
-        return given
+        return _recode(given) if isinstance(given, str) else given
     merged: Dict[str, Any] = {}
     for text in given:
-        key, equals, value = text.partition("=")
-        is_pair = equals and not re.match(r"\s*[@{[]", text)
+        key, equals, value = _recode(text).partition("=")
+        is_pair = equals and not re.match(_JSON_OR_FILE, text)
         pairs = {key: value} if is_pair else _json_option(option, text)
         if not isinstance(pairs, dict):
             _fail(option, "must be an object")
-        for key in merged.keys() & pairs.keys():
-            _fail(option, f"{key!r} is given twice")
+        for key in pairs:
+            if key in merged:
+                _fail(option, f"{key!r} is given twice")
         merged.update(pairs)
     return merged
 
@@ -1743,7 +1781,7 @@ def _tool_result(text: str) -> ToolResultPart:
     if not match:
         _fail("--tool-result", f"{text!r} is not CALL_ID=JSON")
     result = _json_option("--tool-result", text[match.start(2) :])
-    return ToolResultPart(match[1], result)
+    return ToolResultPart(_recode(match[1]), result)
 
 
 def _read_stdin() -> str:
@@ -1788,7 +1826,11 @@ def _print_answer(answer: ResponseBody, options: Any) -> None:
     if options.json:
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         is_unicode = encoding.lower().startswith("utf")
-        text = json.dumps(answer.raw, indent=2, ensure_ascii=not is_unicode)
+        style: Dict[str, Any] = {"ensure_ascii": not is_unicode}
+        try:
+            text = json.dumps(answer.raw, indent=2, **style)
+        except RecursionError:  # Python 3.12 reads deeper than it indents
+            text = json.dumps(answer.raw, **style)
     if text:
         _print(sys.stdout, text)
     task_id = answer.task_id if isinstance(answer.task_id, str) else ""
@@ -1812,13 +1854,6 @@ def _tick(done: threading.Event) -> None:
         sys.stderr.write(f"\r{time.monotonic() - started:.0f} s ")
         sys.stderr.flush()
     sys.stderr.write("\r")
-
-
-def _recode(word: str) -> str:
-    """UTF-8 text that Python took for another encoding, as in an ASCII locale."""
-    if re.search("[\udc80-\udcff]", word):
-        return os.fsencode(word).decode("utf-8", "surrogateescape")
-    return word
 
 
 def _parse(argv: List[str]) -> Any:

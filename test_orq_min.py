@@ -1969,6 +1969,16 @@ class Refused(LoopbackTest):
         error = self.refused(self.create, message=message)
         self.assertEqual(error.errors[0][0], "message.parts[0].text")
 
+    def test_a_type_error_speaks_of_the_argument_and_not_of_our_insides(self):
+        given = {"agent_key": "my-agent", "message": "hi", "taskid": "x"}
+        for call in (self.orq.agents.responses.create, orq_min.create_response):
+            with self.assertRaisesRegex(TypeError, "unexpected.*'taskid'") as caught:
+                call(**given)
+            self.assertNotIn("_Call", str(caught.exception))
+        with self.assertRaisesRegex(TypeError, "missing.*'message'") as caught:
+            self.orq.agents.responses.create(agent_key="my-agent")
+        self.assertNotIn("_Call", str(caught.exception))
+
     def test_missing_and_unexpected_arguments_are_pythons_own_type_error(self):
         create = self.orq.agents.responses.create
         for call, given in (
@@ -2822,6 +2832,18 @@ class TheCommandTakesAMessage(CommandTest):
                 self.start(*argv, env=env).wait(20)
                 message = self.service.requests[-1].json()["message"]
                 self.assertEqual(message, only_text("naïve"))
+                words = "--variables a=ï --contact ï --thread {\"id\":\"ï\"} --task-id ï"
+                words += " --extra-body {\"ï\":1} --dry-run my-agent naïve"
+                done = self.command(*[word.encode() for word in words.split()], env=env)
+                body = json.loads(done.stdout.splitlines()[-1].decode())
+                self.assertEqual(body.pop("message"), only_text("naïve"))
+                expected = {"variables": {"a": "ï"}, "contact": {"id": "ï"}}
+                expected.update(thread={"id": "ï"}, task_id="ï", background=False)
+                self.assertEqual(body, dict(expected, **{"ï": 1}))
+                path = self.write("é.json", b'{"id": "from a file"}')
+                words = ["--dry-run", "--contact", "@" + path, "my-agent", "hi"]
+                done = self.command(*[word.encode() for word in words], env=env)
+                self.assertIn(b'"from a file"', done.stdout)
 
     def test_the_server_option_takes_the_place_of_the_environment(self):
         env = {"ORQ_BASE_URL": "http://127.0.0.1:1"}
@@ -2981,6 +3003,19 @@ class StandardOutputHoldsTheAnswer(CommandTest):
                 self.assertIn(b'\n  "', done.stdout)
                 if env == {"LC_ALL": "C"}:  # which is UTF-8 to Python
                     self.assertIn("na\u00efve".encode(), done.stdout)
+
+    def test_a_deeply_nested_answer_is_printed_as_far_as_python_reads_it(self):
+        for depth in (900, 1200):
+            deep = "[" * depth + "]" * depth
+            body = ('{"_id": "r", "deep": %s}' % deep).encode()
+            self.service.next({"body": body})
+            done = self.command("my-agent", "Hello", "--json")
+            if b"is not a JSON object" in done.stderr:
+                self.assertGreater(depth, 900)  # it could not be read
+                continue
+            self.assertEqual((done.stderr, done.returncode), (b"", 0))
+            printed = b"".join(done.stdout.split())
+            self.assertEqual(printed, body.replace(b" ", b""))
 
     def test_an_error_in_any_script_is_printed_in_any_locale(self):
         for env in self.LOCALES[1:3]:
@@ -3422,6 +3457,8 @@ class WaitsBetweenAttempts(RetryTest):
         self.assertEqual(
             self.waits_after(retries=backoff(1e308, 7, 1e308, 1e308)), [0.007]
         )
+        config = backoff(0, 7000, 1e308, 1e6)  # zero times what is too large is zero
+        self.assertEqual(self.waits_after(times=4, retries=config), [0, 0, 0, 0])
 
     def test_jitter_is_added_and_bounded(self):
         config = backoff(100, 60000, 2, 60000, 50)
