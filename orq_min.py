@@ -1363,8 +1363,9 @@ class _Transport:
                 raise failure from error
             if _log.isEnabledFor(logging.DEBUG):
                 _log.debug("%s: %d", prepared.mask(url), answer.status)
-            location = answer.headers.get("location", "")
-            if not 300 <= answer.status < 400 or not location:
+            moved = 300 <= answer.status < 400
+            location = answer.headers.get("location") if moved else None
+            if not location:
                 break
             try:
                 location = urllib.parse.quote(location, string.punctuation)
