@@ -1,6 +1,7 @@
+#!/usr/bin/env python3
 # SPDX-License-Identifier: MIT-0
-# orq_min.py 1.0.0: Orq.ai's create-response operation in one file.
-# ruff: noqa: I001, RUF009, UP006, UP007, UP017, UP035, UP041, UP045 (it runs on Python 3.7)
+# orq_min.py 2.0.0: Orq.ai's create-response operation in one file.
+# ruff: noqa: I001, PYI034, UP006, UP007, UP017, UP033, UP035, UP045 (for 3.7)
 """Send a message to an Orq.ai agent and get back what it did.
 
 One file, Python 3.7 or newer, the standard library alone: copy it and import it.
@@ -15,122 +16,144 @@ A quick script needs one line, `create_response("my-agent", "Hello").text`; a
 program on asyncio awaits `create_async`; a shell runs `python3 orq_min.py --help`.
 
 What goes out is checked first: all that is wrong is said at once, by its path, and
-nothing is sent. What comes back is kept: a 200 that holds a JSON object is never
+nothing is sent. What comes back is kept: a 2XX that holds a JSON object is never
 refused for what it lacks. An agent run costs money and is not idempotent, so by
-default only what did not leave whole, 429 and 503 are retried.
+default only what did not leave completely, and 429, are retried. No redirect is
+followed: nobody but `server_url` is given the key.
 
     OrqError                 base of every error of this module
       ValidationError        the call is wrong; nothing was sent (a ValueError too)
-      APIError               the server answered, and not with a usable 200
+      APIError               the server answered, and not with a usable 2XX
       APIConnectionError     no complete answer came
         APITimeoutError      ... in time
 
 Environment: ORQ_API_KEY, ORQ_BASE_URL, the proxy variables that urllib reads, and
 those of Python's ssl: SSL_CERT_FILE, SSL_CERT_DIR, SSLKEYLOGFILE. Logger: this
-module's name; each retry is logged at INFO, each attempt at DEBUG, never with a
+module's name; each retry is logged at WARNING, each attempt at DEBUG, never with a
 header or a body.
 """
 
 import datetime
 import email.utils
 import enum
+import errno
 import functools
 import http.client
-import inspect
 import io
 import json
 import logging
-import math
 import os
 import random
 import re
+import select
+import selectors
+import signal
 import socket
+import ssl
 import string
 import sys
 import threading
 import time
+import typing
 import urllib.parse
 import urllib.request
+import zlib
 from collections import abc
-from dataclasses import Field, dataclass, field, fields, is_dataclass
-from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, NamedTuple
-from typing import Optional, Sequence, Tuple, Type, TypeVar, Union, cast
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Mapping
+from typing import NamedTuple, NoReturn, Optional, Sequence, Tuple, Type, TypeVar
+from typing import Union, cast
 
-if TYPE_CHECKING:  # what Python 3.7 lacks, or a call may not need
-    import argparse
-    from ssl import SSLContext as _SSLContext
-    from typing import Concatenate, Hashable, NoReturn, ParamSpec, Self
-
-    P = ParamSpec("P")
-else:
-    _SSLContext = Any  # no text, for which dataclasses needs this module in sys.modules
+# fmt: off
+__all__ = [
+    "DEFAULT_RETRY", "UNSET", "A2AMessage", "APIConnectionError", "APIError",
+    "APITimeoutError", "BackoffStrategy", "BinaryFormat", "CompletionTokensDetails",
+    "Contact", "CreateAgentResponseResponseBody", "CreateAgentResponseThread",
+    "CreateAgentResponseUsage", "DataPart", "ErrorPart", "FileInURIFormat", "FilePart",
+    "Function", "Identity", "Memory", "Orq", "OrqError", "Output", "PendingToolCalls",
+    "PromptTokensDetails", "Responses", "RetryConfig", "Telemetry", "TextPart",
+    "ToolCallPart", "ToolResultPart", "UnknownPart", "ValidationError",
+    "create_response",
+]
+# fmt: on
 
 # --- Constants --------------------------------------------------------------
 
-__version__ = "1.0.0"
+__version__ = "2.0.0"
 
 DEFAULT_SERVER = "https://my.orq.ai"
 DEFAULT_TIMEOUT_MS = 600_000
-MAX_TIMEOUT_MS = 2**31 - 1  # poll takes milliseconds as an int; waits are bounded too
+MAX_WAIT_MS = 2**31 - 1  # for an answer or a retry: 25 days, as far as poll counts
 MAX_ANSWER_BYTES = 256 * 2**20
-MAX_REDIRECTS = 5
 MAX_NESTING = 100  # levels of a free-form value; json gives up near 1000
 MAX_NUMBER = sys.float_info.max
-MAX_INTEGER_DIGITS = 640  # Python may be set to refuse more, not fewer (gh-95778)
+CONNECT_SECONDS = 10.0  # for connecting, a proxy's tunnel and TLS together
+ERROR_BODY_SECONDS = 10.0  # for the body of an answer that is no 2XX
+TURN_SECONDS = 0.25  # from one look at the clock to the next
+ADDRESS_SECONDS = 0.25  # from one address of a host to the next (RFC 8305, section 5)
 IDLE_SECONDS = 4.0  # many servers close an idle connection after 5
-KEEPALIVE_SECONDS = 60  # a NAT forgets a silent connection after some minutes
+MAX_IDLE = 16  # connections that a client keeps
 BLOCK_BYTES = 64 * 2**10  # read or sent at once
 QUOTED_CHARACTERS = 500  # of a server's words in the text of an error
+
+UNSET: Any = ...  # "not given", where None means something; a reload or copy keeps it
 
 T = TypeVar("T")
 Problems = List[Tuple[str, str]]  # (path, what is wrong there)
 
 _log = logging.getLogger(__name__)
 
-
-class _Unset:
-    def __repr__(self) -> str:
-        return "UNSET"
-
-
-UNSET: Any = _Unset()  # "not given", for a parameter to which None means something
-
 # --- Errors -----------------------------------------------------------------
-# Each takes its text as the first argument, and needs no other to be built: that is
-# how pickle and copy build it before they restore its attributes.
+# Each is built of one argument: so pickle and copy build it, before they restore its
+# attributes.
 
 
 class OrqError(Exception):
-    """Base of every error of this module."""
+    """Base of every error of this module.
+
+    `message` is a text. The rest is None where no answer came: `status_code`;
+    `headers`, found by names whose case does not matter; `body`, the text as it came;
+    `data`, its decoded JSON.
+    """
+
+    status_code: Any = None
+    headers: Any = None
+    body: Any = None
+    data: Any = None
+
+    def __init__(self, text: Any = "") -> None:
+        super().__init__(text)
+        self.message = str(self)
 
 
 class ValidationError(OrqError, ValueError):
     """The call is wrong, and nothing was sent.
 
-    `errors`: a list of (path, problem), one for each thing that is wrong.
+    `errors` is a list of (path, problem), one for each thing that is wrong.
     """
 
     def __init__(self, errors: Problems) -> None:
-        super().__init__(errors)
         self.errors = errors
+        super().__init__(errors)
 
     def __str__(self) -> str:
         return "; ".join(f"{path}: {problem}" for path, problem in self.errors)
 
 
 class APIError(OrqError):
-    """The server answered, and not with a usable 200.
+    """The server answered, and not with a usable 2XX.
 
-    `status_code`; `headers`, by names whose case does not matter; `body`, the text
-    as it came; `data`, its decoded JSON or None; `message`, the server's own words
-    where its JSON holds them, else the standard phrase for the status.
+    `message` is the server's own words where its JSON holds them, else the standard
+    phrase for the `status_code`; `data` is None where the `body` is not JSON.
     """
 
     status_code: int = 0
-    headers: http.client.HTTPMessage = http.client.HTTPMessage()
+    headers: http.client.HTTPMessage
     body: str = ""
-    data: Any = None
-    message: str = ""
+
+    def __init__(self, text: str = "") -> None:
+        super().__init__(text)
+        self.headers = http.client.HTTPMessage()
 
 
 class APIConnectionError(OrqError):
@@ -149,358 +172,513 @@ class APITimeoutError(APIConnectionError):
 
 
 # --- Request types ----------------------------------------------------------
-# A field is declared once: its type, one line about it, its JSON name where that
-# differs, and a check where the type does not say all. Checking, JSON, docstrings and
-# the command line's options follow. The rules are those of the service's published
-# schema (operation CreateAgentResponse).
+# What each may hold is said by the service's published schema (operation
+# CreateAgentResponse). A mapping may stand for any of them in a call. What they are
+# checked with, and how they become JSON, is in the section "Checking and JSON".
 
 
-_Check = Optional[Callable[[Any], str]]  # returns what is wrong with a value, or ""
-
-
-def _about(text: str, json_name: Optional[str] = "", check: _Check = None) -> Any:
-    """A field's metadata; its JSON name is its own where "", and None outside JSON."""
-    return {"about": text, "json_name": json_name, "check": check}
-
-
-def _optional(
-    about: str, json_name: Optional[str] = "", check: _Check = None, default: Any = None
-) -> Any:
-    return field(default=default, metadata=_about(about, json_name, check))
-
-
-def _one_of(*choices: str) -> Callable[[Any], str]:
-    problem = "must be " + " or ".join(map(repr, choices))
-    return lambda value: "" if value in choices else problem
-
-
-def _kind(name: str) -> Any:
-    return _optional(f"always {name!r}", check=_one_of(name), default=name)
-
-
-def _base64_problem(value: str) -> str:
-    """What is surely no base64; the padding is the service's to judge."""
-    alphabet = string.ascii_letters + string.digits + "+/=-_\r\n"
-    # translate, as a regular expression takes a second for a large file
-    if value.encode("utf-8", "replace").translate(None, alphabet.encode()):
-        return "must be base64 text (FilePart.from_path makes it of a file)"
-    return "" if value.strip() else "must not be empty"
-
-
-class _Declared:
-    """Base of the dataclasses: completes the docstring from the fields."""
-
-    def __init_subclass__(cls) -> None:
-        lines = [cls.__doc__ or cls.__name__, ""]
-        for name, value in vars(cls).items():  # before @dataclass replaces them
-            if isinstance(value, Field) and value.metadata:
-                lines.append(f"    {name}: {value.metadata['about']}")
-        cls.__doc__ = "\n".join(lines)
-
-
-class _Checked(_Declared):
-    """Base of the dataclasses whose values are checked when one is built."""
+class _Checked:
+    """Base of what checks itself when it is built. ValidationError says what is wrong."""
 
     def __post_init__(self) -> None:
-        # to check is to encode; see the section "Checking and JSON"
         problems: Problems = []
-        _encode_object((type(self),), self, "", problems)
+        _encode_object((type(self),), self, "", problems)  # to encode is to check
         if problems:
             raise ValidationError(problems)
 
 
-@dataclass
-class TextPart(_Checked):
-    text: str = field(metadata=_about("the text"))
-    kind: str = _kind("text")
+class _Readable:
+    """Base of what can be read as a dict too: `part["text"]`, `"text" in part`.
+
+    By the name in JSON, or in Python. What did not come is not in it.
+    """
+
+    _received: Optional[Dict[str, Any]] = None  # the JSON object, where it was one
+
+    def keys(self) -> List[str]:
+        """The names, in JSON, of what came."""
+        if self._received is not None:
+            return list(self._received)
+        model: Any = type(self)
+        known = _json_fields(model).items()
+        return [k for k, own in known if getattr(self, own.python_name) is not None]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def __contains__(self, name: object) -> bool:
+        return _json_name(type(self), name) in self.keys()
+
+    def __getitem__(self, name: str) -> Any:
+        model: Any = type(self)
+        json_name, known = _json_name(model, name), _json_fields(model)
+        if json_name not in self.keys():
+            raise KeyError(name)
+        if json_name in known:
+            return getattr(self, known[json_name].python_name)
+        return (self._received or {})[json_name]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The value of this name, or the default if it did not come."""
+        try:
+            return self[name]
+        except KeyError:
+            return default
 
 
 @dataclass
-class BinaryFormat(_Checked):
-    """The content of a file."""
+class TextPart(_Checked, _Readable):
+    """A text."""
 
-    bytes_: str = field(metadata=_about("base64 text", "bytes", _base64_problem))
-    mime_type: Optional[str] = _optional("MIME type", "mimeType")
-    name: Optional[str] = _optional("name of the file")
-
-
-@dataclass
-class FileInURIFormat(_Checked):
-    """Where the content of a file is to be had."""
-
-    uri: str = field(metadata=_about("URL of the content"))
-    mime_type: Optional[str] = _optional("MIME type", "mimeType")
-    name: Optional[str] = _optional("name of the file")
-
-
-FileContent = Union[BinaryFormat, FileInURIFormat, Mapping[str, Any]]
-
-
-def _guess_mime_type(name: str) -> Optional[str]:
-    import mimetypes
-
-    mime_type, encoding = mimetypes.guess_type(name)
-    if encoding:  # what is sent of report.tar.gz is a gzip file
-        return "application/gzip" if encoding == "gzip" else None
-    return mime_type
+    text: str
+    kind: str = "text"
 
 
 @dataclass
-class FilePart(_Checked):
-    """A file. `from_path` and `from_uri` build one, with the MIME type guessed."""
+class BinaryFormat(_Checked, _Readable):
+    """The content of a file, in base64."""
 
-    file: FileContent = field(metadata=_about("the content, or where it is to be had"))
-    metadata: Optional[Mapping[str, Any]] = _optional("any values")
-    kind: str = _kind("file")
+    bytes_: str  # `bytes` in JSON
+    mime_type: Optional[str] = None
+    name: Optional[str] = None
+
+
+@dataclass
+class FileInURIFormat(_Checked, _Readable):
+    """The place from which the service fetches a file."""
+
+    uri: str
+    mime_type: Optional[str] = None
+    name: Optional[str] = None
+
+
+@dataclass
+class FilePart(_Checked, _Readable):
+    """A file. `from_path`, `from_bytes` and `from_uri` build one.
+
+    Without `mime_type`, they tell the MIME type by the ending of the file's name.
+    """
+
+    file: Union[BinaryFormat, FileInURIFormat, Mapping[str, Any]]
+    metadata: Optional[Mapping[str, Any]] = None
+    kind: str = "file"
 
     @classmethod
-    def from_path(cls, path: "Union[str, os.PathLike[str]]") -> "FilePart":
+    def from_path(
+        cls, path: "Union[str, os.PathLike[str]]", mime_type: Optional[str] = None
+    ) -> "FilePart":
         """Attach a file that is read now. OSError if it can't be."""
+        with open(path, "rb") as stream:
+            content = stream.read()
+        if not content:
+            raise ValidationError([("path", f"{os.fspath(path)!r} is empty")])
+        return cls.from_bytes(content, os.path.basename(os.fspath(path)), mime_type)
+
+    @classmethod
+    def from_bytes(
+        cls, content: bytes, name: str, mime_type: Optional[str] = None
+    ) -> "FilePart":
+        """Attach a content under a file's name."""
         import base64
 
-        with open(path, "rb") as stream:
-            text = base64.b64encode(stream.read()).decode("ascii")
-        if not text:
-            raise ValidationError([("path", f"{os.fspath(path)!r} is empty")])
-        name = os.path.basename(os.fspath(path))
-        return cls(BinaryFormat(text, _guess_mime_type(name), name))
+        if not isinstance(content, (bytes, bytearray, memoryview)) or not content:
+            raise ValidationError([("content", "must be bytes, and not empty")])
+        text = base64.b64encode(content).decode("ascii")
+        return cls(BinaryFormat(text, mime_type or _mime_type(name), name))
 
     @classmethod
-    def from_uri(cls, uri: str) -> "FilePart":
+    def from_uri(cls, uri: str, mime_type: Optional[str] = None) -> "FilePart":
         """Attach a file that the service fetches."""
-        path = re.split("[?#]", uri)[0] if isinstance(uri, str) else ""
-        return cls(FileInURIFormat(uri, _guess_mime_type(path.rpartition("/")[2])))
+        place = re.split("[?#]", uri)[0] if isinstance(uri, str) else ""
+        _, _, path = place.partition("://")[2].partition("/")  # not of a host's name
+        return cls(FileInURIFormat(uri, mime_type or _mime_type(path)))
 
 
 @dataclass
-class ToolResultPart(_Checked):
-    """The result of a tool call that the agent waits for."""
+class ToolResultPart(_Checked, _Readable):
+    """The result of a pending tool call, any JSON value."""
 
-    tool_call_id: str = field(metadata=_about("id of the pending tool call"))
-    result: Any = _optional("any JSON value")
-    metadata: Optional[Mapping[str, Any]] = _optional("any values")
-    kind: str = _kind("tool_result")
-
-
-InputPart = Union[TextPart, FilePart, ToolResultPart, Mapping[str, Any]]
+    tool_call_id: str
+    result: Any = None
+    metadata: Optional[Mapping[str, Any]] = None
+    kind: str = "tool_result"
 
 
 @dataclass
 class A2AMessage(_Checked):
-    """A message to the agent."""
+    """A message to the agent, with any number of parts, or none."""
 
-    role: str = field(
-        metadata=_about("'tool' for tool results", check=_one_of("user", "tool"))
-    )
-    parts: Sequence[InputPart] = field(metadata=_about("the parts; there may be none"))
-    message_id: Optional[str] = _optional("a ULID", "messageId")
+    role: str  # "user", or "tool" for tool results
+    parts: Sequence[Union[TextPart, FilePart, ToolResultPart, Mapping[str, Any]]]
+    message_id: Optional[str] = None  # a ULID
 
 
 @dataclass
-class Contact(_Checked):
-    """On whose behalf the agent runs. The service makes one that it doesn't know."""
+class Identity(_Checked):
+    """On whose behalf the agent runs. The service makes one whose id is new."""
 
-    id: str = field(metadata=_about("the contact's id"))
-    display_name: Optional[str] = _optional("name to show")
-    email: Optional[str] = _optional("e-mail address")
-    metadata: Optional[Sequence[Mapping[str, Any]]] = _optional("any objects")
-    logo_url: Optional[str] = _optional("URL of a picture")
-    tags: Optional[Sequence[str]] = _optional("any texts")
+    id: str
+    display_name: Optional[str] = None
+    email: Optional[str] = None
+    metadata: Optional[Sequence[Mapping[str, Any]]] = None
+    logo_url: Optional[str] = None
+    tags: Optional[Sequence[str]] = None
+
+
+@dataclass
+class Contact(Identity):
+    """An Identity, by its older name."""
 
 
 @dataclass
 class CreateAgentResponseThread(_Checked):
     """What groups requests that belong together."""
 
-    id: str = field(metadata=_about("the thread's id"))
-    tags: Optional[Sequence[str]] = _optional("any texts")
+    id: str
+    tags: Optional[Sequence[str]] = None
 
 
 @dataclass
 class Memory(_Checked):
     """Whose memories the agent uses."""
 
-    entity_id: str = field(metadata=_about("id of a user, a session or the like"))
+    entity_id: str  # of a user, a session or the like
 
 
-MessageLike = Union[A2AMessage, Mapping[str, Any]]
-ContactLike = Union[Contact, Mapping[str, Any]]
-ThreadLike = Union[CreateAgentResponseThread, Mapping[str, Any]]
-MemoryLike = Union[Memory, Mapping[str, Any]]
+@dataclass
+class _Body:
+    """The body of a request. `Responses.create` says what its fields are."""
+
+    message: Union[A2AMessage, Mapping[str, Any]]
+    task_id: Optional[str] = None
+    variables: Optional[Mapping[str, Any]] = None
+    identity: Union[Identity, Mapping[str, Any], None] = None
+    contact: Union[Contact, Mapping[str, Any], None] = None
+    thread: Union[CreateAgentResponseThread, Mapping[str, Any], None] = None
+    memory: Union[Memory, Mapping[str, Any], None] = None
+    metadata: Optional[Mapping[str, Any]] = None
+    background: Optional[bool] = None
+
+
+# The platform's own table differs from one machine to the next: Windows calls a .csv
+# a spreadsheet, and a slim container knows no .docx.
+_OFFICE = "application/vnd.openxmlformats-officedocument"
+# fmt: off
+_MIME_TYPES = {
+    "csv": "text/csv", "htm": "text/html", "html": "text/html", "md": "text/markdown",
+    "txt": "text/plain", "json": "application/json", "xml": "application/xml",
+    "yaml": "application/yaml", "yml": "application/yaml", "pdf": "application/pdf",
+    "rtf": "application/rtf", "doc": "application/msword",
+    "docx": f"{_OFFICE}.wordprocessingml.document",
+    "xls": "application/vnd.ms-excel", "xlsx": f"{_OFFICE}.spreadsheetml.sheet",
+    "ppt": "application/vnd.ms-powerpoint",
+    "pptx": f"{_OFFICE}.presentationml.presentation",
+    "odt": "application/vnd.oasis.opendocument.text",
+    "bmp": "image/bmp", "gif": "image/gif", "jpeg": "image/jpeg", "jpg": "image/jpeg",
+    "png": "image/png", "svg": "image/svg+xml", "tif": "image/tiff",
+    "tiff": "image/tiff", "webp": "image/webp", "aac": "audio/aac",
+    "flac": "audio/flac", "m4a": "audio/mp4", "mp3": "audio/mpeg", "ogg": "audio/ogg",
+    "wav": "audio/wav", "mp4": "video/mp4", "webm": "video/webm",
+    "gz": "application/gzip", "zip": "application/zip",
+}
+# fmt: on
+
+
+def _mime_type(name: Any) -> Optional[str]:
+    """The MIME type that the ending of a file's name stands for, if that is known."""
+    if not isinstance(name, str):
+        return None  # it is refused for that in a moment
+    _, dot, ending = name.rpartition(".")
+    if dot and ending.lower() in _MIME_TYPES:
+        return _MIME_TYPES[ending.lower()]
+    import mimetypes
+
+    mime_type, encoding = mimetypes.guess_type(name)
+    return None if encoding else mime_type
+
 
 # --- Answer types -----------------------------------------------------------
-# The annotations are what the schema promises. What comes is not checked but kept:
-# a field that did not come is None, one of another type stays as it came, and one
-# that is unknown here becomes an attribute of its name if that is free, and does not
-# begin with "_"; it is in `raw` in any case.
+# The annotations are what the schema promises, and the defaults are for one who builds
+# an answer by hand, as in a test. What comes is not checked but kept: a field that did
+# not come is None, one of another type stays as it came, and one that is unknown here
+# becomes an attribute of its name if that is free and does not begin with "_".
 
 
 @dataclass
-class DataPart(_Declared):
-    data: Dict[str, Any] = field(metadata=_about("any values"))
-    metadata: Optional[Dict[str, Any]] = _optional("any values")
-    kind: str = _kind("data")
+class DataPart(_Readable):
+    """Any values."""
+
+    data: Dict[str, Any]
+    metadata: Optional[Dict[str, Any]] = None
+    kind: str = "data"
 
 
 @dataclass
-class ToolCallPart(_Declared):
+class ToolCallPart(_Readable):
     """A tool call that the agent made."""
 
-    tool_name: str = field(metadata=_about("the tool"))
-    tool_call_id: str = field(metadata=_about("the call's id"))
-    arguments: Dict[str, Any] = field(metadata=_about("what the tool was given"))
-    metadata: Optional[Dict[str, Any]] = _optional("any values")
-    kind: str = _kind("tool_call")
+    tool_name: str
+    tool_call_id: str
+    arguments: Dict[str, Any]
+    metadata: Optional[Dict[str, Any]] = None
+    kind: str = "tool_call"
 
 
 @dataclass
-class ErrorPart(_Declared):
-    error: str = field(metadata=_about("what went wrong in the run"))
-    code: Optional[float] = _optional("a number for it")
-    kind: str = _kind("error")
+class ErrorPart(_Readable):
+    """What went wrong in the run."""
+
+    error: str
+    code: Optional[float] = None
+    kind: str = "error"
+
+
+@dataclass(eq=False, repr=False)
+class UnknownPart(_Readable):
+    """A part of a kind that is not known here, with what came as attributes."""
+
+    kind: str = ""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, UnknownPart) and vars(self) == vars(other)
+
+    def __repr__(self) -> str:
+        return f"UnknownPart({self._received if self._received is not None else self.kind!r})"
 
 
 if TYPE_CHECKING:
     OutputPart = Any  # so that `res.output[0].parts[0].text` needs no cast
 else:
-    OutputPart = Union[InputPart, DataPart, ToolCallPart, ErrorPart]
+    # fmt: off
+    OutputPart = Union[
+        TextPart, FilePart, ToolResultPart, DataPart, ToolCallPart, ErrorPart,
+        UnknownPart,
+    ]
+    # fmt: on
 
 
 @dataclass
-class Output(_Declared):
+class Output(_Readable):
     """A message of the run."""
 
-    message_id: str = _optional("a ULID", "messageId")
-    role: str = _optional("'user', 'agent', 'tool' or 'system'")
-    parts: List[OutputPart] = _optional("the parts; one of an unknown kind is a dict")
-    metadata: Optional[Dict[str, Any]] = _optional("any values")
+    message_id: str = ""
+    role: str = "agent"  # or "user", "tool", "system"
+    parts: List[OutputPart] = field(default_factory=list)
+    metadata: Optional[Dict[str, Any]] = None
 
 
 @dataclass
-class PromptTokensDetails(_Declared):
-    cached_tokens: Optional[int] = _optional("read from a cache")
-    cache_creation_tokens: Optional[int] = _optional("written to a cache")
-    audio_tokens: Optional[int] = _optional("of sound")
+class PromptTokensDetails(_Readable):
+    """Tokens that went in, by kind."""
+
+    cached_tokens: Optional[int] = None  # read from a cache
+    cache_creation_tokens: Optional[int] = None  # written to one
+    audio_tokens: Optional[int] = None
 
 
 @dataclass
-class CompletionTokensDetails(_Declared):
-    reasoning_tokens: Optional[float] = _optional("of reasoning")
-    accepted_prediction_tokens: Optional[float] = _optional("predicted and used")
-    rejected_prediction_tokens: Optional[float] = _optional("predicted, not used")
-    audio_tokens: Optional[int] = _optional("of sound")
+class CompletionTokensDetails(_Readable):
+    """Tokens that came out, by kind."""
+
+    reasoning_tokens: Optional[float] = None
+    accepted_prediction_tokens: Optional[float] = None  # predicted, and used
+    rejected_prediction_tokens: Optional[float] = None  # predicted, and not used
+    audio_tokens: Optional[int] = None
 
 
 @dataclass
-class CreateAgentResponseUsage(_Declared):
+class CreateAgentResponseUsage(_Readable):
     """Tokens that the run used."""
 
-    completion_tokens: float = _optional("came out")
-    prompt_tokens: float = _optional("went in")
-    total_tokens: float = _optional("both together")
-    prompt_tokens_details: Optional[PromptTokensDetails] = _optional("by kind")
-    completion_tokens_details: Optional[CompletionTokensDetails] = _optional("by kind")
+    completion_tokens: float = 0
+    prompt_tokens: float = 0
+    total_tokens: float = 0
+    prompt_tokens_details: Optional[PromptTokensDetails] = None
+    completion_tokens_details: Optional[CompletionTokensDetails] = None
 
 
 @dataclass
-class Function(_Declared):
-    name: str = _optional("the tool to call")
-    arguments: str = _optional("JSON text")
+class Function(_Readable):
+    """A tool to call, with its arguments as JSON text."""
+
+    name: str = ""
+    arguments: str = "{}"
 
 
 @dataclass
-class PendingToolCalls(_Declared):
+class PendingToolCalls(_Readable):
     """A tool call that waits for a ToolResultPart with its id."""
 
-    id: str = _optional("the call's id")
-    function: Function = _optional("what to call")
-    type: str = _optional("always 'function'")
+    id: str = ""
+    function: Function = field(default_factory=Function)
+    type: str = "function"
 
 
 @dataclass
-class Telemetry(_Declared):
-    trace_id: str = _optional("the trace in which the run is found")
-    span_id: str = _optional("the span in it")
+class Telemetry(_Readable):
+    """Where the run is found in the traces."""
+
+    trace_id: str = ""
+    span_id: str = ""
 
 
-def _items(value: Any, kind: Type[T]) -> List[T]:
-    """Those of a list's items that came as the schema promises."""
-    items = value if isinstance(value, list) else []
-    return [item for item in items if isinstance(item, kind)]
+# What a finished run that did not succeed is called.
+_FAILED_STATES = ("failed", "canceled", "rejected")
 
 
 @dataclass
-class CreateAgentResponseResponseBody(_Declared):
-    """What the agent did: `text` is what it said, `raw` the whole decoded answer."""
+class CreateAgentResponseResponseBody(_Readable):
+    """What the agent did: `text` is what it said, `error` why it failed.
 
-    id: str = _optional("the response's id", "_id")
-    task_id: str = _optional("hand it back to continue")
-    output: List[Output] = _optional("the messages of the run")
-    created_at: str = _optional("ISO 8601 time")
-    model: str = _optional("provider/model")
-    usage: Optional[CreateAgentResponseUsage] = _optional("tokens used")
-    finish_reason: Optional[str] = _optional("'stop', 'function_call' or another")
-    pending_tool_calls: Optional[List[PendingToolCalls]] = _optional("open tool calls")
-    telemetry: Optional[Telemetry] = _optional("where the run is found in the traces")
+    `raw` is the whole decoded answer; `json.dumps(res.raw)` makes JSON of it.
+    """
+
+    id: str = ""  # of the answer; `_id` in JSON
+    task_id: str = ""  # continues the task, and fetches a background run's answer
+    output: List[Output] = field(default_factory=list)
+    created_at: str = ""  # ISO 8601
+    model: str = ""  # provider/model
+    usage: Optional[CreateAgentResponseUsage] = None
+    finish_reason: Optional[str] = None  # "stop", "length", "tool_calls" or another
+    pending_tool_calls: Optional[List[PendingToolCalls]] = None
+    telemetry: Optional[Telemetry] = None
+    status: Optional[str] = None  # "in_progress", "completed", "failed" or another
     raw: Dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def text(self) -> str:
         """The text of the agent's messages, with a newline between messages."""
-        texts = []
-        for message in _items(self.output, Output):
-            if message.role in ("agent", None):
-                found = [part.text for part in _items(message.parts, TextPart)]
-                texts.append("".join(text for text in found if isinstance(text, str)))
+        texts = [_text_of(message) for message in _agent_messages(self.output)]
         return "\n".join(filter(None, texts))
+
+    @property
+    def error(self) -> Optional[str]:
+        """Why the run failed, or the state if no text says so; None if it did not."""
+        told = [self.raw.get("error")]
+        for message in _agent_messages(self.output):
+            told += _error_parts(message)
+        if self.status in _FAILED_STATES and not any(told):
+            status = self.raw.get("status")  # of a task, which may have a message
+            said = status.get("message") if isinstance(status, dict) else None
+            message = _decode_object(Output, said if isinstance(said, dict) else {})
+            told += _error_parts(message) or [_text_of(message) or self.status]
+        return "; ".join(_words(value) for value in told if value) or None
+
+
+def _error_parts(message: Output) -> List[Any]:
+    return [part.error or "error" for part in _all_of(ErrorPart, message.parts)]
+
+
+def _all_of(model: Type[T], value: Any) -> List[T]:
+    """Those of a list's items that came as the schema promises."""
+    items = value if isinstance(value, list) else []
+    return [item for item in items if isinstance(item, model)]
+
+
+def _agent_messages(output: Any) -> List[Output]:
+    return [m for m in _all_of(Output, output) if m.role in ("agent", None)]
+
+
+def _text_of(message: Output) -> str:
+    texts = [part.text for part in _all_of(TextPart, message.parts)]
+    return "".join(text for text in texts if isinstance(text, str))
+
+
+def _words(said: Any) -> str:
+    """What an error says: a text, some texts, the message of an object; else its JSON."""
+    if isinstance(said, dict) and said.get("message"):
+        said = said["message"]
+    if isinstance(said, list) and all(isinstance(item, str) for item in said):
+        said = "; ".join(said)
+    if isinstance(said, str):
+        return said
+    try:
+        return json.dumps(said, ensure_ascii=False)
+    except RecursionError:  # Python 3.12 reads deeper than it writes
+        return "error"
 
 
 # --- Checking and JSON ------------------------------------------------------
+# To encode is to check: `_encode` and its like return the JSON form of a value, and add
+# what is wrong with it to `problems`, each with its path, which grows by a name or an
+# index on the way down. What a field may hold is said by its annotation, and by these.
 
-_WORDS = {str: "text", bool: "true or false", float: "a number", list: "a list"}
-_TEXT_LIKE = (str, bytes, bytearray, memoryview)  # sequences, but no lists
-
-
-class _Shape(NamedTuple):
-    """What an annotation says that a value may be."""
-
-    plain: Any  # str, bool, float, list, dict, Any, or None for none of these
-    models: Tuple[Any, ...] = ()  # dataclasses
-    items: Any = None  # the shape of a list's items
-    optional: bool = False  # None will do
-
-
-def _read_annotation(annotation: Any) -> _Shape:
-    origin = getattr(annotation, "__origin__", annotation)
-    members = [a for a in getattr(annotation, "__args__", ()) if a is not type(None)]
-    if origin in (list, abc.Sequence):
-        return _Shape(list, (), _read_annotation(members[0]))
-    if origin in (dict, abc.Mapping):
-        return _Shape(dict)
-    if is_dataclass(annotation):
-        return _Shape(None, (annotation,))
-    if not members:
-        return _Shape(annotation, optional=annotation is Any)
-    # besides its models, a Union here allows what its last member says; the text
-    # that `message` may be is made an object before it is checked
-    shapes = [_read_annotation(member) for member in members]
-    models = tuple(model for shape in shapes for model in shape.models)
-    optional = type(None) in annotation.__args__
-    return _Shape(shapes[-1].plain, models, shapes[-1].items, optional)
+_JSON_NAMES: Dict[Any, Dict[str, str]] = {  # where they differ from Python's
+    A2AMessage: {"message_id": "messageId"},
+    BinaryFormat: {"bytes_": "bytes", "mime_type": "mimeType"},
+    CreateAgentResponseResponseBody: {"id": "_id"},
+    FileInURIFormat: {"mime_type": "mimeType"},
+    Output: {"message_id": "messageId"},
+}
+_CHOICES: Dict[Any, Dict[str, Tuple[str, ...]]] = {
+    A2AMessage: {"role": ("user", "tool")},
+    FilePart: {"kind": ("file",)},
+    TextPart: {"kind": ("text",)},
+    ToolResultPart: {"kind": ("tool_result",)},
+}
+_CLASS_NAMES: Dict[Any, str] = {
+    str: "text",
+    bool: "true or false",
+    abc.Mapping: "an object",
+    abc.Sequence: "a list",
+    type(None): "None",
+}
 
 
-@functools.lru_cache(maxsize=256)
-def _json_fields(model: "Hashable") -> "Dict[str, Tuple[Field[Any], _Shape]]":
-    """The fields that JSON has too and their shapes, by their names there."""
-    own = [item for item in fields(cast(Any, model)) if item.metadata]
-    declared = [item for item in own if item.metadata["json_name"] is not None]
-    names = [item.metadata["json_name"] or item.name for item in declared]
-    shapes = [_read_annotation(item.type) for item in declared]
-    return dict(zip(names, zip(declared, shapes)))
+class _Allowed(NamedTuple):
+    """What an annotation allows a value to be."""
+
+    classes: Tuple[Any, ...]  # all that it names
+    models: Tuple[Any, ...]  # those of them that are dataclasses
+    items: "Optional[_Allowed]"  # what the items of a list may be
+    required: bool
+
+
+def _allowed_by(annotation: Any) -> _Allowed:
+    is_union = getattr(annotation, "__origin__", None) is Union
+    members = annotation.__args__ if is_union else (annotation,)
+    classes = tuple(getattr(member, "__origin__", member) for member in members)
+    models = tuple(cls for cls in classes if is_dataclass(cls))
+    items = None
+    for member, cls in zip(members, classes):
+        if cls in (list, abc.Sequence):
+            items = _allowed_by(member.__args__[0])
+    required = type(None) not in classes and Any not in classes
+    return _Allowed(classes, models, items, required)
+
+
+class _JsonField(NamedTuple):
+    """A field of a dataclass, as JSON has it."""
+
+    python_name: str
+    allowed: _Allowed
+    choices: Tuple[str, ...]  # of a text; () if it is free
+
+
+@functools.lru_cache(maxsize=None)  # so that the annotations of a class are read once
+def _json_fields(model: Any) -> Dict[str, _JsonField]:
+    """The fields of a dataclass by their names in JSON."""
+    # given our names, it works where annotations are text or the module is not listed
+    annotations = typing.get_type_hints(model, globals())
+    found = {}
+    for name in [own.name for own in fields(model)]:
+        allowed, choices = _allowed_by(annotations[name]), _of(_CHOICES, model)
+        own = _JsonField(name, allowed, choices.get(name, ()))
+        found[_json_name(model, name)] = own
+    return found
+
+
+def _json_name(model: Any, name: Any) -> Any:
+    return _of(_JSON_NAMES, model).get(name, name)
+
+
+def _of(table: Dict[Any, Any], model: Any) -> Dict[str, Any]:
+    """What a table says of a class, or of the class that it is derived from."""
+    return next((table[cls] for cls in model.__mro__ if cls in table), {})
 
 
 def _choose(models: Sequence[Any], given: Mapping[Any, Any]) -> Any:
-    """The model of an object: by its `kind`, else by what only that model has."""
+    """The dataclass of an object: by its `kind`, or by where a file's content is."""
     if len(models) == 1:
         return models[0]
     if BinaryFormat in models:
@@ -508,149 +686,196 @@ def _choose(models: Sequence[Any], given: Mapping[Any, Any]) -> Any:
             return BinaryFormat
         return FileInURIFormat if "uri" in given else None
     kind = given.get("kind")
-    return next((model for model in models if model.kind == kind), None)
+    unknown = UnknownPart if UnknownPart in models else None
+    return next((model for model in models if model.kind == kind), unknown)
 
 
-def _at(path: str, key: Any) -> str:
-    if isinstance(key, str) and key.isidentifier():
-        return f"{path}.{key}" if path else key
+def _at(path: str, name: Any) -> str:
+    if isinstance(name, str) and name.isidentifier():
+        return f"{path}.{name}" if path else name
     try:
-        return f"{path}[{key!r}]"
+        return f"{path}[{name!r}]"
     except ValueError:  # an integer of more digits than Python writes
         return f"{path}[...]"
 
 
-def _type_name(value: Any) -> str:
-    return "None" if value is None else type(value).__name__
+def _shown(value: Any) -> str:
+    """A float itself, as NaN is one; of any other value its class, with its module."""
+    if value is None or isinstance(value, float):
+        return "None" if value is None else json.dumps(float(value))
+    cls = type(value)
+    is_builtin = cls.__module__ == "builtins"
+    return cls.__qualname__ if is_builtin else f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _is_list(value: Any) -> bool:
-    return isinstance(value, abc.Sequence) and not isinstance(value, _TEXT_LIKE)
+    text_like = (str, bytes, bytearray, memoryview)  # sequences, but no lists
+    return isinstance(value, abc.Sequence) and not isinstance(value, text_like)
 
 
-def _unknown(name: Any, known: Sequence[str]) -> str:
-    import difflib
-
-    # difflib takes the square of the length
-    name = name[:80] if isinstance(name, str) else ""
-    close = difflib.get_close_matches(name, known, 1)
-    return "unknown field" + (f" (did you mean {close[0]!r}?)" if close else "")
-
-
-def _encode(shape: _Shape, value: Any, path: str, problems: Problems) -> Any:
-    """The JSON form of what a field holds; what is wrong with it joins `problems`."""
-    plain, models, items, _ = shape
-    if plain in (str, bool) and isinstance(value, plain):
-        return value
-    is_object = plain is dict and isinstance(value, abc.Mapping)
-    if models and (is_object or isinstance(value, models)):
-        return _encode_object(models, value, path, problems)
-    if plain is Any or is_object:
+def _encode(allowed: _Allowed, value: Any, path: str, problems: Problems) -> Any:
+    """The JSON form of what a field holds."""
+    classes, models, items, _ = allowed
+    if Any in classes:
         return _encode_free(value, path, problems)
-    if plain is list and _is_list(value):
-        places = enumerate(value)
-        return [_encode(items, item, f"{path}[{n}]", problems) for n, item in places]
-    if plain is float and type(value) in (int, float) and abs(value) <= MAX_NUMBER:
-        return value
-    names = " or ".join(model.__name__ for model in models)
-    given = repr(value) if type(value) is float else _type_name(value)
-    wanted = names or _WORDS.get(plain, "an object")
-    if names and plain is dict:
-        wanted += " or a mapping"
-    problems.append((path, f"must be {wanted}, not {given}"))
-    return None
+    is_right = _is_list(value) if items is not None else isinstance(value, classes)
+    if not is_right:
+        names = [_CLASS_NAMES.get(cls) or cls.__name__ for cls in classes]
+        problems.append((path, f"must be {' or '.join(names)}, not {_shown(value)}"))
+        return None
+    if items is not None:
+        numbered = enumerate(value)
+        return [_encode(items, item, f"{path}[{n}]", problems) for n, item in numbered]
+    if models:
+        return _encode_object(models, value, path, problems)
+    return _encode_free(value, path, problems) if abc.Mapping in classes else value
 
 
 def _encode_object(
-    models: Sequence[Any], value: Any, path: str, problems: Problems
+    models: Tuple[Any, ...], value: Any, path: str, problems: Problems
 ) -> Dict[str, Any]:
-    """The JSON form of a dataclass of ours, or of a mapping that stands for one."""
-    is_model = isinstance(value, tuple(models))
-    given = dict(vars(value) if is_model else value)
-    model: Any = type(value) if is_model else _choose(models, given)
-    encoded: Dict[str, Any] = {}
-    if model is None and BinaryFormat in models:
-        problems.append((path, "must have 'bytes' or 'uri'"))
-        return encoded
+    """The JSON form of one of the dataclasses, or of a mapping that stands for it."""
+    is_mapping = not isinstance(value, models)
+    given = dict(value if is_mapping else vars(value))
+    model: Any = _choose(models, given) if is_mapping else type(value)
     if model is None:
-        kind = given.get("kind")
-        wrong = _one_of(*(model.kind for model in models))(kind)
-        problems.append((_at(path, "kind"), "required" if kind is None else wrong))
-        return encoded
-    for json_name, (item, shape) in _json_fields(model).items():
-        name, content = json_name, given.pop(json_name, None)
-        again = given.pop(item.name, None)  # the other spelling, where there is one
-        if content is None:
-            name, content, again = item.name, again, None
-        if content is None and shape.optional:
-            continue
-        where = _at(path, name)
-        if content is None:
-            problems.append((where, "required"))
-            continue
-        if again is not None:
-            problems.append((where, f"given as {item.name!r} too"))
-        found: Problems = []
-        encoded[json_name] = _encode(shape, content, where, found)
-        check = item.metadata["check"]
-        if check and not found and check(content):
-            found.append((where, check(content)))
-        problems += found
-    if not is_model:
+        problems.append(_no_model(models, given, path))
+        return {}
+    encoded: Dict[str, Any] = {}
+    for name, own in _json_fields(model).items():
+        content = given.pop(name, None)
+        if own.python_name in given:  # a mapping may have this spelling, or both
+            other = given.pop(own.python_name)
+            content = _only(content, other, _at(path, name), problems)
+        if content is not None:
+            where, count = _at(path, name), len(problems)
+            encoded[name] = _encode(own.allowed, content, where, problems)
+            wrong = _wrong_text(own, content) if len(problems) == count else ""
+            if wrong:
+                problems.append((where, wrong))
+        elif own.allowed.required:
+            problems.append((_at(path, name), "required"))
+    if is_mapping:
         known = list(_json_fields(model))
         problems += [(_at(path, name), _unknown(name, known)) for name in given]
     return encoded
 
 
+def _only(first: Any, second: Any, path: str, problems: Problems) -> Any:
+    """That of the two which is given."""
+    if first is not None and second is not None:
+        problems.append((path, "given in two spellings"))
+    return second if first is None else first
+
+
+def _no_model(
+    models: Sequence[Any], given: Mapping[Any, Any], path: str
+) -> Tuple[str, str]:
+    """The problem of a mapping for which `_choose` finds no dataclass."""
+    if BinaryFormat in models:
+        return path, "must have 'bytes' or 'uri'"
+    kinds = " or ".join(repr(model.kind) for model in models)
+    is_missing = given.get("kind") is None
+    return _at(path, "kind"), "required" if is_missing else f"must be {kinds}"
+
+
+def _wrong_text(own: _JsonField, value: Any) -> str:
+    """What is wrong with the value of a field, whose class is right, or ""."""
+    if own.choices and value not in own.choices:
+        return "must be " + " or ".join(map(repr, own.choices))
+    if own.python_name == "bytes_":  # of BinaryFormat
+        alphabet = string.ascii_letters + string.digits + "+/=-_\r\n"
+        # translate, as a regular expression takes a second for a large file; whether
+        # the padding is right is for the service to say
+        others = value.encode("utf-8", "replace").translate(None, alphabet.encode())
+        if others or not value.strip():
+            return "must be base64 text (FilePart.from_path makes it of a file)"
+    return ""
+
+
+def _unknown(name: Any, known: Sequence[str]) -> str:
+    close = _closest(name, known)
+    return "unknown field" + (f" (did you mean {close!r}?)" if close else "")
+
+
+def _closest(name: Any, known: Sequence[str]) -> str:
+    """The one that was meant, or ""."""
+    import difflib
+
+    # 80 characters, as difflib takes time in proportion to the square of the length
+    short = name[:80] if isinstance(name, str) else ""
+    close = difflib.get_close_matches(short, known, 1)
+    return close[0] if close else ""
+
+
 def _encode_free(
     value: Any, path: str, problems: Problems, parents: Tuple[int, ...] = ()
 ) -> Any:
-    """The JSON form of a free-form value (contract, "Request").
+    """The JSON form of a free-form value.
 
-    `parents`: the ids of the containers that it is in.
+    `parents` are the ids of what it is inside of.
     """
     if isinstance(value, enum.Enum):
         return _encode_free(value.value, path, problems, parents)
-    if value is None or isinstance(value, (str, bool)):
+    if value is None or isinstance(value, str):
         return value
-    if isinstance(value, int) and abs(value) < 10**MAX_INTEGER_DIGITS:
+    if isinstance(value, (int, float)) and abs(value) <= MAX_NUMBER:  # NaN is not
         return value
-    if isinstance(value, float) and math.isfinite(value):
-        return value
-    if isinstance(value, (datetime.date, datetime.time)):  # a datetime is a date
-        return re.sub(r"\+00:00$", "Z", value.isoformat())
-    is_model = is_dataclass(value) and not isinstance(value, type)
-    if is_model or isinstance(value, (abc.Mapping, abc.Set)) or _is_list(value):
-        if id(value) not in parents and len(parents) < MAX_NESTING:
-            return _encode_container(value, path, problems, (*parents, id(value)))
-        wrong = "contains itself" if id(value) in parents else "is nested too deeply"
-        problems.append((path, wrong))
-        return None
-    from decimal import Decimal
-    from uuid import UUID
-
-    if isinstance(value, (Decimal, UUID)):
-        return str(value)
-    wrong = json.dumps(value) if isinstance(value, float) else _type_name(value)
-    problems.append((path, f"{wrong} has no JSON form"))
+    text = _text_form(value)
+    if text is not None:
+        return text
+    content = _content(value)
+    if content is UNSET:
+        problems.append((path, f"{_shown(value)} has no JSON form"))
+    elif id(value) in parents or len(parents) == MAX_NESTING:
+        problems.append((path, "contains itself, or is nested too deeply"))
+    else:
+        return _encode_content(content, path, problems, (*parents, id(value)))
     return None
 
 
-def _encode_container(
-    value: Any, path: str, problems: Problems, parents: Tuple[int, ...]
-) -> Any:
+def _text_form(value: Any) -> Optional[str]:
+    """The text that stands for a value of one of these classes."""
+    if isinstance(value, (datetime.date, datetime.time)):
+        is_itself = value == value  # noqa: PLR0124 (pandas.NaT is a date, but is not)
+        return re.sub(r"\+00:00$", "Z", value.isoformat()) if is_itself else None
+    if isinstance(value, os.PathLike):
+        path = os.fspath(value)
+        return path if isinstance(path, str) else None
+    from decimal import Decimal
+    from uuid import UUID
+
+    is_number = isinstance(value, Decimal) and value.is_finite()
+    return str(value) if is_number or isinstance(value, UUID) else None
+
+
+def _content(value: Any) -> Any:
+    """What a container holds, as a mapping or a list; UNSET if it is no container."""
+    if isinstance(value, abc.Mapping):
+        return value
+    if isinstance(value, abc.Set) or _is_list(value):
+        return list(value)
+    if isinstance(value, type):
+        return UNSET
     if is_dataclass(value):
-        value = {item.name: getattr(value, item.name) for item in fields(value)}
-    if not isinstance(value, abc.Mapping):
-        places = [(f"{path}[{index}]", item) for index, item in enumerate(value)]
-        return [_encode_free(item, at, problems, parents) for at, item in places]
+        return {own.name: getattr(value, own.name) for own in fields(value)}
+    return value.model_dump() if hasattr(value, "model_dump") else UNSET  # pydantic's
+
+
+def _encode_content(
+    content: Any, path: str, problems: Problems, parents: Tuple[int, ...]
+) -> Any:
+    if isinstance(content, list):
+        placed = [(f"{path}[{n}]", item) for n, item in enumerate(content)]
+        return [_encode_free(item, where, problems, parents) for where, item in placed]
+    if not isinstance(content, abc.Mapping):  # of pydantic, too
+        return _encode_free(content, path, problems, parents)
     encoded: Dict[str, Any] = {}
-    for key, item in value.items():
+    for key, item in content.items():
         name = key.value if isinstance(key, enum.Enum) else key
-        where = _at(path, name)
-        huge = isinstance(name, int) and abs(name) >= 10**MAX_INTEGER_DIGITS
-        if huge or isinstance(name, bool) or not isinstance(name, (str, int)):
-            problems.append((where, f"{_type_name(name)} as a name has no JSON form"))
+        where, is_integer = _at(path, name), type(name) is int
+        if not isinstance(name, str) and not (is_integer and abs(name) <= MAX_NUMBER):
+            problems.append((where, f"{_shown(name)} as a name has no JSON form"))
         elif str(name) in encoded:
             problems.append((where, "given twice"))
         else:
@@ -658,364 +883,515 @@ def _encode_container(
     return encoded
 
 
-def _decode(shape: _Shape, value: Any) -> Any:
-    """What a shape makes of a JSON value; what does not fit it stays."""
-    if isinstance(value, list) and shape.plain is list:
-        return [_decode(shape.items, item) for item in value]
-    if not shape.models or not isinstance(value, dict):
+_encode_json = json.JSONEncoder(separators=(",", ":")).encode
+
+
+def _decode_json(text: str) -> Any:
+    """The value, or None where the text is not JSON that Python reads."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _decode(allowed: _Allowed, value: Any) -> Any:
+    """What a JSON value becomes in a field; one that does not fit it stays."""
+    if allowed.items is not None and isinstance(value, list):
+        return [_decode(allowed.items, item) for item in value]
+    if not allowed.models or not isinstance(value, dict):
         return value
-    model = _choose(shape.models, value)
-    return _decode_object(model, value) if model else value
+    model = _choose(allowed.models, value)
+    return value if model is None else _decode_object(model, value)
 
 
-def _decode_object(model: Any, given: Mapping[str, Any]) -> Any:
+def _decode_object(model: Any, given: Dict[str, Any]) -> Any:
     decoded = model.__new__(model)  # not built: a request part would be checked
     attributes, rest = vars(decoded), dict(given)
-    for json_name, (item, shape) in _json_fields(model).items():
-        value = rest.pop(json_name, None)
-        if isinstance(value, (list, dict)):
-            value = _decode(shape, value)
-        elif value is None and json_name in ("output", "parts"):
-            value = []  # programs loop over it
-        attributes[item.name] = value
-    for name, value in rest.items():
+    attributes["_received"] = given
+    for name, own in _json_fields(model).items():
+        content = rest.pop(name, None)
+        if content is None and name in ("output", "parts"):
+            content = []  # programs loop over it
+        attributes[own.python_name] = _decode(own.allowed, content)
+    for name, content in rest.items():
         if not name.startswith("_") and not hasattr(model, name):
-            attributes[name] = value
+            attributes[name] = content
     return decoded
 
 
 def _decode_answer(data: Dict[str, Any]) -> CreateAgentResponseResponseBody:
     given = dict(data)
-    if "_id" not in given and "id" in given:  # a task (contract, "Answers")
+    if "_id" not in given and "id" in given:  # a task
         given["_id"] = given.pop("id")
         given.setdefault("task_id", given["_id"])
     answer: CreateAgentResponseResponseBody
     answer = _decode_object(CreateAgentResponseResponseBody, given)
+    status = answer.status
+    state = status.get("state") if isinstance(status, dict) else status
+    answer.status = state if isinstance(state, str) else None
     answer.raw = data
     return answer
 
 
-_encode_json = json.JSONEncoder(separators=(",", ":")).encode
-
-
-def _read_integer(digits: str) -> Union[int, str]:
-    return int(digits) if len(digits.lstrip("-")) <= MAX_INTEGER_DIGITS else digits
-
-
-_read_json = json.JSONDecoder(parse_int=_read_integer).decode
-
-
-def _decode_json(text: str) -> Any:
-    """The value, or None where the text is not JSON."""
-    try:
-        return _read_json(text)
-    except (ValueError, RecursionError):
-        return None
-
-
-def _server_words(data: Any) -> str:
-    """What an error's JSON says, in the shapes that were seen (contract, "Answers")."""
-    outer = data if isinstance(data, dict) else {}
-    inner = outer.get("error")
-    inner = inner.get("message") if isinstance(inner, dict) else inner
-    words = (outer.get("message"), inner)
-    return next((word for word in words if isinstance(word, str) and word), "")
-
-
 # --- Retry policy -----------------------------------------------------------
 
-# What the official client retries unless it is told otherwise.
-RETRIED_STATUSES = ("429", "500", "502", "503", "504")
 
-
-def _negative(value: float) -> str:
-    return "must not be negative" if value < 0 else ""
-
-
-def _no_statuses(values: Sequence[str]) -> str:
-    wrong = [v for v in values if not re.fullmatch("[1-5]([0-9]{2}|[Xx]{2})", v)]
-    return f"{wrong[0]!r} is no status such as '429' or '5XX'" if wrong else ""
-
-
-@dataclass
-class BackoffStrategy(_Checked):
+@dataclass(frozen=True)
+class BackoffStrategy:
     """How long to wait between attempts, in milliseconds.
 
-    Without `jitter_ms`, each wait is shortened at random by up to a quarter.
+    A wait that would end after `max_elapsed_time` is not begun. Up to `jitter_ms` is
+    added at random; if it is None, up to a quarter of the wait is taken away.
+    ValidationError if one is not a number, or negative.
     """
 
-    initial_interval: float = _optional("first wait", check=_negative, default=500)
-    max_interval: float = _optional("longest wait", check=_negative, default=60_000)
-    exponent: float = _optional("growth of the wait", check=_negative, default=1.5)
-    max_elapsed_time: float = _optional(
-        "time in all", check=_negative, default=3_600_000
-    )
-    jitter_ms: Optional[float] = _optional("most to add at random", check=_negative)
+    initial_interval: float = 500  # the first wait
+    max_interval: float = 60_000  # the longest wait
+    exponent: float = 1.5  # the growth from one wait to the next
+    max_elapsed_time: float = 3_600_000
+    jitter_ms: Optional[float] = None
+
+    def __post_init__(self) -> None:
+        problems: Problems = []
+        numbers: Dict[str, Any] = dict(vars(self))
+        if self.jitter_ms is None:
+            del numbers["jitter_ms"]
+        for name, value in numbers.items():
+            # a bool is an int, but no number; NaN compares as false
+            if type(value) not in (int, float) or not 0 <= value <= MAX_NUMBER:
+                wanted = f"must be a number, 0 or more, not {_shown(value)}"
+                problems.append((name, wanted))
+        if problems:
+            raise ValidationError(problems)
 
 
-@dataclass
-class RetryConfig(_Checked):
+@dataclass(frozen=True)
+class RetryConfig:
     """What to try again, and when. None in its place tries once.
 
-    As in the official client, the defaults may run an agent twice; DEFAULT_RETRY,
-    which a client has by default, does not.
-
-    `retry_connection_errors` is about attempts without a complete answer: all of
-    them (True), none (False), or those after which the agent cannot have run (None).
+    `retry_connection_errors` names one of three policies. None, the safe one: what
+    cannot have run the agent, that is, a request that did not leave completely, and
+    429. False and True are those of the official client, under which an agent may run
+    again and again: 429, 500, 502, 503 and 504, and, if True, whatever brought no
+    complete answer. `status_codes_override`, such as ["429", "5XX"], takes the place
+    of the statuses. A 2XX is never retried. ValidationError if a value is another.
     """
 
-    strategy: str = _optional(
-        "'none' tries once", check=_one_of("backoff", "none"), default="backoff"
-    )
-    backoff: BackoffStrategy = field(
-        default_factory=BackoffStrategy, metadata=_about("how long to wait")
-    )
-    retry_connection_errors: Optional[bool] = _optional("as above", default=True)
-    status_codes_override: Optional[Sequence[str]] = _optional(
-        f"instead of {', '.join(RETRIED_STATUSES)}", check=_no_statuses
-    )
+    strategy: str = "backoff"  # "none" tries once
+    backoff: BackoffStrategy = BackoffStrategy()
+    retry_connection_errors: Optional[bool] = None
+    status_codes_override: Optional[Sequence[str]] = None
+
+    def __post_init__(self) -> None:
+        problems: Problems = []
+        if self.strategy not in ("backoff", "none"):
+            problems.append(("strategy", "must be 'backoff' or 'none'"))
+        if not _is_a(BackoffStrategy, self.backoff):
+            wanted = f"must be a BackoffStrategy, not {_shown(self.backoff)}"
+            problems.append(("backoff", wanted))
+        if type(self.retry_connection_errors) not in (bool, type(None)):
+            wanted = "must be True, False or None"
+            problems.append(("retry_connection_errors", wanted))
+        statuses = self.status_codes_override
+        if statuses is not None and not _is_list(statuses):
+            wanted = f"must be a list, not {_shown(statuses)}"
+            problems.append(("status_codes_override", wanted))
+        elif statuses is not None:
+            for n, status in enumerate(statuses):
+                is_text = isinstance(status, str)
+                if not is_text or not re.fullmatch("[1-5]([0-9]{2}|[Xx]{2})", status):
+                    where = f"status_codes_override[{n}]"
+                    problems.append((where, "must be text such as '429' or '5XX'"))
+        if problems:
+            raise ValidationError(problems)
+
+
+def _is_a(cls: Any, value: Any) -> bool:
+    """Whether it is of this class, or of what the class was before a reload."""
+    return isinstance(value, cls) or repr(type(value)) == repr(cls)
 
 
 # An agent run is not idempotent (RFC 9110, section 9.2.2), so only what failed before
-# the agent ran: a request that did not leave whole, and 429 and 503, which say so.
+# the agent ran: a request that did not leave completely, and 429, which says so. A
+# gateway may answer 503 after the service has had the request.
 DEFAULT_RETRY = RetryConfig(
-    "backoff", BackoffStrategy(500, 8_000, 2, 30_000), None, ("429", "503")
+    backoff=BackoffStrategy(
+        initial_interval=500, max_interval=8_000, exponent=2, max_elapsed_time=30_000
+    )
 )
 
 
 def _should_retry(
     error: Union[APIError, APIConnectionError], config: RetryConfig
 ) -> bool:
+    wanted = config.retry_connection_errors
     if config.strategy == "none":
         return False
     if isinstance(error, APIConnectionError):
-        wanted = config.retry_connection_errors
-        return error.temporary and (not error.sent if wanted is None else wanted)
+        if wanted is None:
+            return error.temporary and not error.sent
+        return error.temporary and wanted
     status = str(error.status_code)
-    chosen = config.status_codes_override
-    retried = RETRIED_STATUSES if chosen is None else [s.upper() for s in chosen]
-    return status != "200" and (status in retried or f"{status[0]}XX" in retried)
+    if status[0] == "2":  # the agent has run, and its run is paid for
+        return False
+    retried: Sequence[str] = ("429", "500", "502", "503", "504")
+    if wanted is None:
+        retried = ("429",)
+    if config.status_codes_override is not None:
+        retried = [chosen.upper() for chosen in config.status_codes_override]
+    return status in retried or f"{status[0]}XX" in retried
 
 
 def _asked_wait(headers: http.client.HTTPMessage) -> Optional[float]:
     """The seconds that the server asks for, where that makes sense."""
-    after = headers.get("retry-after", "")
-    waits: List[float] = []
-    for text, unit in ((headers.get("retry-after-ms", ""), 1000), (after, 1)):
-        if re.fullmatch(r"\s*[0-9]+(\.[0-9]+)?\s*", text):
-            waits.append(float(text) / unit)
-    try:  # a date is in GMT, said or not (RFC 9110, section 5.6.7)
-        date = email.utils.parsedate_to_datetime(after)
-        date = date.replace(tzinfo=datetime.timezone.utc)
-        waits.append(date.timestamp() - time.time())
-    except (TypeError, ValueError, IndexError, OverflowError):
-        pass
-    sensible = (wait for wait in waits if 0 < wait <= MAX_TIMEOUT_MS / 1000)
-    return next(sensible, None)
+    for name, unit in (("retry-after-ms", 1000), ("retry-after", 1)):
+        text = headers.get(name, "").strip()
+        try:
+            if re.fullmatch(r"[0-9]+(\.[0-9]+)?", text):
+                seconds = float(text) / unit
+            else:  # a date is in GMT, said or not (RFC 9110, section 5.6.7)
+                date = email.utils.parsedate_to_datetime(text)
+                date = date.replace(tzinfo=datetime.timezone.utc)
+                seconds = date.timestamp() - time.time()
+        except (TypeError, ValueError, IndexError, OverflowError):
+            continue  # no date either
+        if 0 < seconds <= MAX_WAIT_MS / 1000:
+            return seconds
+    return None
 
 
 def _retry_wait(
-    error: OrqError, config: RetryConfig, attempt: int, elapsed: float
+    error: OrqError, config: RetryConfig, number: int, elapsed: float
 ) -> Optional[float]:
     """Seconds to wait after the failed attempt of this number, the first being 1.
 
     None if that wait would pass `max_elapsed_time`, `elapsed` seconds being over.
     """
     backoff = config.backoff
-    wait = _asked_wait(error.headers) if isinstance(error, APIError) else None
-    if wait is None:
-        try:
-            wait = backoff.initial_interval * float(backoff.exponent) ** (attempt - 1)
-            wait += random.uniform(0, backoff.jitter_ms or 0)
-        except OverflowError:
-            wait = math.inf if backoff.initial_interval else 0.0
-        wait = min(wait, backoff.max_interval, MAX_TIMEOUT_MS) / 1000
+    seconds = _asked_wait(error.headers) if isinstance(error, APIError) else None
+    if seconds is None:
+        wait_ms = float(backoff.initial_interval)
+        for _ in range(number - 1):
+            wait_ms *= backoff.exponent  # a float grows to infinity, and never raises
+        wait_ms += random.uniform(0, backoff.jitter_ms or 0)
+        seconds = min(wait_ms, backoff.max_interval, MAX_WAIT_MS) / 1000
         if backoff.jitter_ms is None:
-            wait *= random.uniform(0.75, 1)
-    return wait if (elapsed + wait) * 1000 <= backoff.max_elapsed_time else None
+            seconds *= random.uniform(0.75, 1)
+    return seconds if (elapsed + seconds) * 1000 <= backoff.max_elapsed_time else None
 
 
-# --- Transport --------------------------------------------------------------
-# urllib.request routes a request: its opener holds the proxy handler and the handler
-# below, so that no other scheme exists, and nothing copies credentials to where a
-# redirect points. http.client reads the answer. The connection is ours.
+# --- Building a request -----------------------------------------------------
 
-_SERVER_URL = (
-    r"((?ai:https?))://(\[[0-9A-Fa-f:.]+\]|[^][/?#@:]+)(?::([0-9]{1,5}))?"
-    r"(/[^\s?#\\\x00-\x1f\x7f]*)?"
-)
-_HOST = r"\[.*\]|[0-9a-z._~-]+"  # of the above, after its conversion to ASCII
-_OWN_HEADERS = ("host", "content-length", "transfer-encoding", "connection")
 _HEADER_NAME = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110, section 5.6.2
-_UNSENDABLE = r"[^\x20-\x7e\xa0-\xff]"
+_OWN_HEADERS = ("Host", "Content-Length", "Transfer-Encoding", "Connection")
+_UNSENDABLE = r"[^\x20-\x7e\xa0-\xff]"  # in a header's value: no latin-1, or a control
 
 
-@functools.lru_cache(maxsize=16)
-def _read_server_url(url: str) -> Tuple[str, str]:
-    """(origin, path), both ASCII; two empty texts if it is no server's URL."""
-    match = re.fullmatch(_SERVER_URL, url.strip())
-    if not match or not 0 < int(match[3] or 80) < 2**16:
-        return "", ""
-    scheme, host, port, path = match.groups("")
-    scheme = scheme.lower()
-    try:
-        host = host.lower().encode("idna").decode("ascii")
-        path = urllib.parse.quote(path.rstrip("/"), string.punctuation)
-        if host[0] == "[":
-            socket.inet_pton(socket.AF_INET6, host[1:-1])
-    except (UnicodeError, OSError):
-        return "", ""
-    if not re.fullmatch(_HOST, host):
-        return "", ""
-    if port and int(port) != {"http": 80, "https": 443}[scheme]:
-        host += f":{int(port)}"
-    return f"{scheme}://{host}", path
+class _Hidden:
+    """A value that nobody sees who shows or records the variables of a traceback."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __repr__(self) -> str:
+        return "'***'"
 
 
-def _operation_url(server_url: Any, agent_key: Any, problems: Problems) -> str:
-    origin, path = _read_server_url(server_url if isinstance(server_url, str) else "")
-    if not origin:
-        wanted = "http(s)://HOST[:PORT][/PATH], without credentials, query or fragment"
-        problems.append(("server_url", f"must be {wanted}"))
-    key = _encode(_Shape(str), agent_key, "agent_key", problems) or ""
-    if isinstance(agent_key, str) and key.strip() in ("", ".", ".."):
-        problems.append(("agent_key", "must name an agent"))
-    try:
-        key = urllib.parse.quote(key, safe="")
-    except UnicodeEncodeError:
-        problems.append(("agent_key", "has no UTF-8 form"))
-    return f"{origin}{path}/v2/agents/{key}/responses"
-
-
-def _request_headers(api_key: Any, given: Any, problems: Problems) -> Dict[str, str]:
-    """Our headers, with the caller's added or in their place."""
-    unsendable = "must not have control characters or text outside latin-1"
-    key = api_key.strip() if isinstance(api_key, str) else ""
-    if key.lower() in ("", "bearer"):
-        problems.append(("api_key", "required (or set ORQ_API_KEY)"))
-    elif re.search(_UNSENDABLE, key):
-        problems.append(("api_key", unsendable))
-    headers = {
-        "Authorization": key if key[:7].lower() == "bearer " else f"Bearer {key}",
-        "Content-Type": "application/json",
-        "Accept": "application/json",
-        "Accept-Encoding": "identity",
-        "User-Agent": f"orq_min/{__version__}",
-    }
-    if given is not None and not isinstance(given, abc.Mapping):
-        problems.append(("http_headers", f"must be an object, not {_type_name(given)}"))
-        given = None
-    seen = set(_OWN_HEADERS)
-    for name, value in (given or {}).items():
-        wrong = ""
-        if not isinstance(name, str) or not re.fullmatch(_HEADER_NAME, name):
-            wrong = "is not a header's name"
-        elif name.lower() in seen:
-            wrong = "is set by the client, or given twice"
-        elif not isinstance(value, str):
-            wrong = f"must be text, not {_type_name(value)}"
-        elif re.search(_UNSENDABLE, value.strip()):
-            wrong = unsendable
-        else:
-            seen.add(name.lower())
-            headers[name.title()] = value.strip()
-        problems += [(_at("http_headers", name), wrong)] if wrong else []
-    return headers
-
-
-def _spellings(character: str) -> str:
-    """A pattern for a character as it is, or escaped as in JSON, a URL or HTML."""
-    plain, code = re.escape(character), ord(character)
-    if character.isalnum() and code < 128:
-        return plain  # nothing escapes it, and re finds a literal text fast
-    # no form twice: re would try each, and double its time for each character
-    percent = "".join(f"%{byte:02x}" for byte in character.encode())
-    coded = f"{percent}|\\\\u{code:04x}|&#{code};|&#x{code:x};|&[a-z]+;"
-    return f"(?:{plain}|\\\\{plain}|(?i:{coded}))"
-
-
-@dataclass(eq=False)
-class PreparedRequest:
-    """A request that was checked and can be sent.
-
-    `headers` hold the key; the repr leaves them and the body out.
-    """
+@dataclass(repr=False, eq=False)  # no repr, as it would show the body
+class _Request:
+    """A request that was checked and can be sent."""
 
     method: str
     url: str
-    headers: Dict[str, str] = field(repr=False)
-    body: bytes = field(repr=False)
-    timeout: float  # seconds, for one attempt
+    headers: Dict[str, str]  # all but the one with the key
+    authorization: _Hidden  # the value of that one
+    body: bytes
+    seconds: float  # for one attempt
     retries: Optional[RetryConfig]
 
     def mask(self, text: str) -> str:
-        """The text without the key, as it is or in a usual escaping."""
-        scheme, _, key = self.headers["Authorization"].partition(" ")
-        spellings = map(_spellings, key or scheme)
-        return re.sub("".join(spellings) or "(?!)", "***", text)
+        """The text without the key: as it is, and as JSON and a URL write it."""
+        for spelling in _spellings(self.authorization):
+            if spelling.value:
+                text = text.replace(spelling.value, "***")
+        return text
 
 
-class _Answer(NamedTuple):
-    """A complete answer; `problem`: what is wrong with it as a whole."""
+def _spellings(authorization: _Hidden) -> Iterator[_Hidden]:
+    words = _Hidden(authorization.value.split(None, 1) or [""])
+    key = _Hidden(words.value[-1])
+    yield key
+    yield _Hidden(json.dumps(key.value)[1:-1])
+    yield _Hidden(json.dumps(key.value)[1:-1].replace("/", r"\/"))
+    yield _Hidden(json.dumps(key.value, ensure_ascii=False)[1:-1])
+    yield _Hidden(urllib.parse.quote(key.value))
+    yield _Hidden(urllib.parse.quote(key.value, safe=""))
 
-    status: int
-    headers: http.client.HTTPMessage
-    body: bytearray
-    problem: str = ""
+
+@functools.lru_cache(maxsize=16)
+def _check_server_url(url: str) -> Tuple[str, str]:
+    """(the URL in one spelling, without a slash at its end, or ""; what is wrong)."""
+    scheme, _, rest = url.strip().partition("://")
+    server, slash, path = rest.rstrip("/").partition("/")
+    is_right = scheme.lower() in ("http", "https") and _is_server(server)
+    if is_right and not re.search(r"[\s\\?#\x00-\x1f\x7f\ud800-\udfff]", path):
+        path = urllib.parse.quote(slash + path, string.punctuation)
+        return f"{scheme.lower()}://{server.lower()}{path}", ""
+    if re.search(r"[^\x00-\x7f]", server):
+        return "", "must have its host's name in ASCII, such as xn--bcher-kva.example"
+    return "", "must be http(s)://HOST[:PORT][/PATH], without credentials or query"
 
 
-class _Cancellation:
-    """How another thread ends a call."""
+def _is_server(server: str) -> bool:
+    """Whether it is HOST or HOST:PORT, the host being a name or an address."""
+    pattern = r"(?a)([\w.-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?"
+    match = re.fullmatch(pattern, server)
+    if not match or not 0 < int(match[2] or 80) < 2**16:
+        return False
+    host = match[1]
+    if host[0] != "[":
+        return all(0 < len(label) < 64 for label in host.rstrip(".").split("."))
+    try:
+        return bool(socket.inet_pton(socket.AF_INET6, host[1:-1]))
+    except OSError:
+        return False
 
-    def __init__(self) -> None:
-        self.event = threading.Event()
-        self._lock = threading.Lock()
-        self._connection: Optional[_Connection] = None
 
-    def watch(self, connection: "Optional[_Connection]") -> None:
-        """Note the connection in use."""
-        with self._lock:  # else cancel could shut one that serves another call
-            self._connection = connection
+def _segment(name: str, value: Any, problems: Problems) -> str:
+    """A parameter as one segment of a URL's path."""
+    text = value if isinstance(value, str) else ""
+    # the dots would leave the path; half of a surrogate pair has no UTF-8 form
+    if text.strip() in ("", ".", "..") or re.search("[\ud800-\udfff]", text):
+        problems.append((name, "must be a text, not empty, and not '.' or '..'"))
+    return urllib.parse.quote(text, safe="", errors="replace")
 
-    def pause(self, seconds: float) -> None:
-        """Wait; on Windows, Ctrl-C ends a sleep, but not the wait for an event."""
-        if threading.current_thread() is threading.main_thread():
-            time.sleep(seconds)
+
+def _authorization(api_key: _Hidden, problems: Problems) -> _Hidden:
+    """The value of the Authorization header that stands for the key."""
+    key = api_key
+    if callable(key.value):
+        key = _Hidden(key.value())
+    elif key.value is None:
+        key = _Hidden(os.environ.get("ORQ_API_KEY"))
+    key = _Hidden(key.value if isinstance(key.value, str) else "")
+    key = _Hidden(key.value.strip().lstrip("\ufeff").strip())  # a byte order mark
+    unsendable = re.search(_UNSENDABLE, key.value)
+    if key.value.lower() in ("", "bearer"):
+        problems.append(("api_key", "required: set ORQ_API_KEY, or give api_key"))
+    elif key.value[0] in "\"'" and key.value[-1] == key.value[0]:
+        wrong = "is in quotes, as `docker --env-file` keeps them: take them away"
+        problems.append(("api_key", wrong))
+    elif unsendable:
+        code, place = ord(unsendable[0]), unsendable.start() + 1
+        wrong = f"cannot be sent: its character {place} is U+{code:04X}"
+        problems.append(("api_key", wrong))
+    is_whole = key.value[:7].lower() == "bearer "
+    return key if is_whole else _Hidden(f"Bearer {key.value}")
+
+
+def _check_headers(given: Any, problems: Problems) -> Dict[str, str]:
+    """The caller's headers, by their names in the usual spelling."""
+    headers: Dict[str, str] = {}
+    if given is not None and not isinstance(given, abc.Mapping):
+        problems.append(("http_headers", f"must be an object, not {_shown(given)}"))
+        given = None
+    for name, value in (given or {}).items():
+        where = _at("http_headers", name)
+        if not isinstance(name, str) or not re.fullmatch(_HEADER_NAME, name):
+            problems.append((where, "is not a header's name"))
+        elif name.title() in headers:
+            problems.append((where, "given twice"))
+        elif name.title() in _OWN_HEADERS:
+            problems.append((where, "is set by the client"))
+        elif not isinstance(value, str) or re.search(_UNSENDABLE, value.strip()):
+            problems.append((where, "must be text in latin-1, on one line"))
         else:
-            self.event.wait(seconds)
+            headers[name.title()] = value.strip()
+    return headers
 
-    def cancel(self) -> None:
-        with self._lock:
-            self.event.set()
-            if self._connection is not None:
-                self._connection.shut()
+
+# --- Transport --------------------------------------------------------------
+# urllib.request says which proxy to use, and its opener is where tools for tracing look
+# in. The opener has the handler below alone, so that no other scheme exists, and no
+# redirect is followed. http.client reads the answer. The connection is ours: its socket
+# never blocks, and what has to be waited for is waited for in turns, between which a
+# deadline, a cancelled task and Ctrl-C are noticed.
+
+# A NAT forgets a silent connection after some minutes, and a peer that is gone is to be
+# noticed in two: it is asked after a minute, then every 15 s, 4 times.
+_KEEPALIVE = (
+    ("TCP_KEEPIDLE", 60),
+    ("TCP_KEEPALIVE", 60),  # what macOS calls the first
+    ("TCP_KEEPINTVL", 15),
+    ("TCP_KEEPCNT", 4),
+)
+
+
+class _TimeUp(Exception):
+    """Our own deadline. No OSError, so that none of the system's is taken for it."""
+
+
+class _CallEnded(Exception):
+    """The task was cancelled for which a call was made."""
+
+
+class _ProxyFault(OSError):
+    """A proxy that cannot be used, or refused."""
+
+
+class _Proxy(NamedTuple):
+    host: str
+    port: int
+    authorization: str  # "" if its URL has no user
+
+
+def _now(clock: Callable[[], float] = time.perf_counter) -> float:
+    """Seconds of a clock that libraries for tests do not freeze or move.
+
+    They patch the attributes of modules, and some of them time.monotonic itself; not a
+    default that was bound when this was defined.
+    """
+    return clock()
+
+
+def _wait_until_ready(sock: Any, for_writing: bool, seconds: float) -> bool:
+    """Whether a socket can be read from or written to, by then."""
+    if hasattr(select, "poll"):  # not on Windows, nor under gevent
+        poll = select.poll()  # select fails where a process has 1024 files open
+        poll.register(sock, select.POLLOUT if for_writing else select.POLLIN)
+        return bool(poll.poll(seconds * 1000))
+    sockets = [sock]
+    if for_writing:
+        return bool(select.select([], sockets, [], seconds)[1])
+    return bool(select.select(sockets, [], [], seconds)[0])
 
 
 class _Attempt(urllib.request.Request):
-    """A request on its way, whose destination urllib's ProxyHandler may change."""
+    """One try of a request, on its way through urllib's opener.
 
-    prepared: PreparedRequest
-    cancellation: _Cancellation
-    deadline: float  # of time.monotonic
-    sent = False  # its last byte was handed to the system
+    Our own headers are not among its `headers`: what a wrapper of the opener adds there
+    is sent too, and what it records does not hold the key.
+    """
+
+    def __init__(self, request: _Request, cancelled: Optional[threading.Event]) -> None:
+        super().__init__(request.url, method=request.method)
+        self.request = request
+        self.proxy: Optional[_Proxy] = None
+        self.is_connected = False
+        self.has_left = False  # the last byte of the request was given to the system
+        self._cancelled = cancelled  # set by another thread, to end the call
+        self._last = _now() + request.seconds
+        self.allow(request.seconds, "no complete answer came")
+
+    def allow(self, seconds: float, failure: str) -> None:
+        """Bound what is done next, within what is left of the attempt."""
+        self._seconds, self._failure = min(seconds, self.request.seconds), failure
+        self._ends = min(_now() + seconds, self._last)
 
     def time_left(self) -> float:
-        """Seconds; raises if there are none, or the call has been ended."""
-        left = self.deadline - time.monotonic()
+        """Seconds for what is done now; raises if there are none, or the call ended."""
+        left = self._ends - _now()
         if left <= 0:
-            raise socket.timeout("the deadline has passed")
-        if self.cancellation.event.is_set():
-            raise ConnectionAbortedError("cancelled")
+            raise _TimeUp(f"{self._failure} within {self._seconds:g} s")
+        if self._cancelled is not None and self._cancelled.is_set():
+            raise _CallEnded()
         return left
 
+    @property
+    def sent(self) -> bool:
+        """Whether the agent may run. A GET runs none."""
+        return self.has_left and self.request.method == "POST"
 
-def _host_and_port(netloc: str, default_port: int) -> Tuple[str, int]:
-    parts = urllib.parse.urlsplit(f"//{netloc}")
-    return parts.hostname or "", parts.port or default_port
+    def head(self) -> bytes:
+        """The request's line and headers (RFC 9112, sections 2 and 3)."""
+        proxied = self.proxy is not None and self.type == "http"
+        target = self.full_url if proxied else self.selector
+        headers = dict(self.request.headers)
+        for name, value in self.header_items():  # of a wrapper
+            if name.title() not in (*_OWN_HEADERS, "Authorization"):
+                headers[name.title()] = value
+        if proxied and self.proxy and self.proxy.authorization:
+            headers["Proxy-Authorization"] = self.proxy.authorization
+        # no variable is ever the whole, as it has the key
+        lines = (f"{name}: {value}\r\n" for name, value in headers.items())
+        key = self.request.authorization
+        return (
+            f"{self.request.method} {target} HTTP/1.1\r\n"
+            f"Authorization: {key.value}\r\n{''.join(lines)}\r\n"
+        ).encode("latin-1")
 
 
-class _ProxyRefusal(OSError):
-    """A proxy that opened no tunnel."""
+class _Answer(http.client.HTTPResponse):
+    """An answer, of which `content` was read; `problem` is what is wrong with it."""
+
+    def __init__(self, connection: "_Connection", method: str) -> None:
+        # http.client asks a socket for nothing but this stream
+        super().__init__(cast(Any, connection), method=method)
+        self.content = bytearray()
+        self.problem = ""
+        self.is_whole = False
+
+    def read_content(self) -> None:
+        """Read and unpack the body. Raises if it breaks off; `content` is what came."""
+        self._collect(self.read1)
+        if self.length and not self.problem:  # at an early end, read1 just returns b""
+            raise http.client.IncompleteRead(b"", self.length)
+        if "gzip" in self.headers.get("content-encoding", "").lower():
+            self._unpack()
+        self.is_whole = not self.problem
+
+    def _collect(self, read: Callable[[int], bytes]) -> None:
+        block = read(BLOCK_BYTES)
+        while block:
+            self.content += block
+            if len(self.content) > MAX_ANSWER_BYTES:
+                self.content.clear()
+                size = f"{MAX_ANSWER_BYTES >> 20} MiB"
+                self.problem = f"the answer is larger than {size}"
+                return
+            block = read(BLOCK_BYTES)
+
+    def _unpack(self) -> None:
+        import gzip
+
+        packed, self.content = self.content, bytearray()
+        try:
+            self._collect(gzip.GzipFile(fileobj=io.BytesIO(packed)).read1)
+        except (OSError, EOFError, ValueError, zlib.error) as error:
+            self.content = self.content or packed
+            raise http.client.HTTPException(f"damaged gzip: {error}") from None
+
+    def is_framed(self) -> bool:
+        """Whether its end is beyond doubt, so another may follow (RFC 9112, 6.3)."""
+        framings = self.headers.get_all("content-length", [])
+        framings += self.headers.get_all("transfer-encoding", [])
+        if self.will_close or not self.is_whole or self.headers.defects:
+            return False
+        if self.status in (101, 204, 304) or len(framings) != 1:
+            return False
+        return framings[0] == "chunked" or framings[0].isdigit()
+
+
+class _Incoming(io.RawIOBase):
+    """The bytes that a connection receives, as a file."""
+
+    def __init__(self, connection: "_Connection") -> None:
+        self._connection = connection
+        self.at_end = False  # the peer has closed the connection
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> Optional[int]:
+        connection = self._connection
+        if connection.attempt is None:
+            return None  # nothing is awaited now
+        received: int = connection.in_turns(False, connection.sock.recv_into, buffer)
+        self.at_end = not received
+        return received
+
+    def close(self) -> None:
+        """Stay open, as this is no more than a view of the connection."""
 
 
 class _Reader(io.BufferedReader):
@@ -1023,415 +1399,450 @@ class _Reader(io.BufferedReader):
         """Stay open: http.client closes after an answer, but others may follow."""
 
 
-def _is_framed(answer: _Answer) -> bool:
-    """Whether the end of the answer is beyond doubt (RFC 9112, section 6.3)."""
-    lengths = answer.headers.get_all("content-length", [])
-    codings = answer.headers.get_all("transfer-encoding", [])
-    if answer.headers.defects or answer.status in (101, 204, 304):
-        return False
-    if codings:
-        return not lengths and codings == ["chunked"]
-    return len(lengths) == 1 and lengths[0].isdigit()
+class _Connection:
+    """A connection, which serves one attempt at a time."""
 
-
-def _read_answer(response: http.client.HTTPResponse) -> _Answer:
-    """The whole answer; raises if it breaks off."""
-    body = bytearray()
-    source: Any = response
-    if "gzip" in response.headers.get("content-encoding", "").lower():
-        import gzip
-
-        source = gzip.GzipFile(fileobj=source)
-    for block in iter(lambda: source.read(BLOCK_BYTES), b""):
-        if len(body) + len(block) > MAX_ANSWER_BYTES:
-            problem = f"the answer is larger than {MAX_ANSWER_BYTES / 2**20:g} MiB"
-            return _Answer(response.status, response.headers, bytearray(), problem)
-        body += block
-    if response.length:  # at an early end, read(amount) just returns b""
-        raise http.client.IncompleteRead(b"", response.length)
-    return _Answer(response.status, response.headers, body)
-
-
-class _Connection(io.RawIOBase):
-    """A connection, which serves one attempt at a time, as the stream it receives."""
-
-    def __init__(self, peer: Tuple[Any, ...]) -> None:
-        self.peer = peer
+    def __init__(self, route: Tuple[Any, ...]) -> None:
+        self.route = route  # an attempt with an equal one may use it
+        self.attempt: Optional[_Attempt] = None  # none, while it is idle
         self.sock: Any = None
-        self.attempt: Any = None  # None: nothing is to be read
-        self.ended = False  # the peer has closed it
-        self.idle_since = 0.0
-        self.reader = _Reader(self)
+        self._make_reader()
 
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> Optional[int]:
-        if self.attempt is None:
-            return None
-        self.sock.settimeout(self.attempt.time_left())
-        received: int = self.sock.recv_into(buffer)
-        self.ended = not received
-        return received
+    def _make_reader(self) -> None:
+        # one reader for all answers: what it has read of the next one is not lost
+        self._incoming = _Incoming(self)
+        self._reader = _Reader(self._incoming)
 
     def makefile(self, mode: str) -> io.BufferedReader:
-        """What HTTPResponse reads, one for all answers: no byte past one is lost."""
-        return self.reader
+        """Give http.client what it reads."""
+        return self._reader
 
     def close(self) -> None:
         if self.sock is not None:
             self.sock.close()
 
-    def shut(self) -> None:
-        """End what another thread is doing with it."""
-        try:  # past SSLSocket.shutdown, after which it would send plain text
-            if self.sock is not None:
-                socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
-        except OSError:
-            pass  # not connected yet, or no longer
-
-    def dial(self, host: str, port: int) -> None:
-        """Connect to the first address that accepts; each has its share of the time.
-
-        The lookup of the name cannot be interrupted.
-        """
-        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        left = len(addresses)
-        for family, sock_type, protocol, _, address in addresses:
+    def in_turns(self, for_writing: bool, operation: Any, *arguments: Any) -> Any:
+        """What an operation on the socket returns, which never blocks itself."""
+        while True:
+            left = cast(_Attempt, self.attempt).time_left()
             try:
-                self.sock = socket.socket(family, sock_type, protocol)
-                self.sock.settimeout(self.attempt.time_left() / left)
-                self.sock.connect(address)
-                break
-            except OSError:
-                self.close()
-                left -= 1
-                if not left:
-                    raise
+                return operation(*arguments)
+            except ssl.SSLWantReadError:
+                writing = False
+            except ssl.SSLWantWriteError:
+                writing = True
+            except BlockingIOError:
+                writing = for_writing
+            _wait_until_ready(self.sock, writing, min(TURN_SECONDS, left))
+
+    def send(self, view: memoryview) -> None:
+        while view:
+            view = view[self.in_turns(True, self.sock.send, view[:BLOCK_BYTES]) :]
+
+    def connect(self, attempt: _Attempt, context: Optional[ssl.SSLContext]) -> None:
+        """Connect; open a tunnel to a server behind a proxy; start TLS."""
+        parts, proxy = urllib.parse.urlsplit(attempt.full_url), attempt.proxy
+        host, port = parts.hostname or "", parts.port or (443 if context else 80)
+        addresses = _look_up(proxy.host, proxy.port) if proxy else _look_up(host, port)
+        attempt.allow(CONNECT_SECONDS, "no connection could be made")
+        self.sock = _dial(addresses, attempt)
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name in ("TCP_KEEPIDLE", "TCP_KEEPALIVE", "TCP_KEEPINTVL"):  # 2nd: macOS
-            if hasattr(socket, name):
+        for name, value in _KEEPALIVE:
+            if hasattr(socket, name):  # each system has some of them
                 option = getattr(socket, name)
-                self.sock.setsockopt(socket.IPPROTO_TCP, option, KEEPALIVE_SECONDS)
+                self.sock.setsockopt(socket.IPPROTO_TCP, option, value)
+        if context:
+            if proxy:
+                server = parts.netloc if parts.port else f"{parts.netloc}:443"
+                self._open_tunnel(server, proxy)
+            self.sock = context.wrap_socket(
+                self.sock, server_hostname=host, do_handshake_on_connect=False
+            )
+            self._make_reader()  # nothing from before TLS may be taken for what came in it
+            self.in_turns(False, self.sock.do_handshake)
+        attempt.allow(attempt.request.seconds, "no complete answer came")
 
-    def open_tunnel(self, server: str, credentials: str) -> None:
+    def _open_tunnel(self, server: str, proxy: _Proxy) -> None:
         """Ask the proxy for a tunnel (RFC 9110, section 9.3.6)."""
-        target = server if re.search(":[0-9]+$", server) else f"{server}:443"
-        head = f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n"
-        if credentials:
-            head += f"Proxy-Authorization: {credentials}\r\n"
-        self.send(f"{head}\r\n".encode("latin-1"))
-        status = self.read_head("CONNECT").status
+        head = f"CONNECT {server} HTTP/1.1\r\nHost: {server}\r\n"
+        if proxy.authorization:
+            head += f"Proxy-Authorization: {proxy.authorization}\r\n"
+        self.send(memoryview(f"{head}\r\n".encode("latin-1")))
+        status = self._read_head("CONNECT").status
         if not 200 <= status < 300:
             phrase = http.client.responses.get(status, "")
-            raise _ProxyRefusal(f"{status} {phrase}".rstrip())
+            raise _ProxyFault(f"the proxy refused with {status} {phrase}".rstrip())
 
-    def start_tls(self, context: _SSLContext, host: str) -> None:
-        self.sock = context.wrap_socket(
-            self.sock, server_hostname=host, do_handshake_on_connect=False
-        )
-        self.reader = _Reader(self)  # nothing from before TLS may be taken for it
-        self.sock.settimeout(self.attempt.time_left())
-        self.sock.do_handshake()
-
-    def send(self, data: Union[bytes, memoryview]) -> None:
-        # not sendall: over TLS it would grant the timeout to each piece anew
-        view = memoryview(data)
-        while view:
-            self.sock.settimeout(self.attempt.time_left())
-            view = view[self.sock.send(view[:BLOCK_BYTES]) :]
-
-    def read_head(self, method: str) -> http.client.HTTPResponse:
+    def _read_head(self, method: str) -> _Answer:
         """The start of the final answer (RFC 9110, section 15.2)."""
         while True:
-            response = http.client.HTTPResponse(cast(Any, self), method=method)
-            response.begin()
-            if self.ended:  # http.client takes that for the end of the headers
+            answer = _Answer(self, method)
+            answer.begin()
+            if self._incoming.at_end:  # which http.client takes for the headers' end
                 raise http.client.IncompleteRead(b"")
-            if response.status == 101 or not 100 <= response.status < 200:
-                return response
+            if answer.status == 101 or answer.status >= 200:
+                return answer
 
-    def exchange(self) -> Tuple[_Answer, bool]:
-        """The answer, and whether another attempt can use the connection."""
-        attempt: _Attempt = self.attempt
-        prepared = attempt.prepared
-        # for a proxy of plain HTTP, urllib has made the selector the whole URL, and
-        # added its credentials to the attempt, which has no other header
-        headers = [*prepared.headers.items(), *attempt.header_items()]
-        lines = "".join(f"{name}: {value}\r\n" for name, value in headers)
-        head = f"{prepared.method} {attempt.selector} HTTP/1.1\r\n{lines}\r\n"
-        body = memoryview(prepared.body)
-        broken: Optional[Exception] = None
-        try:  # head and body in one packet where they fit
-            self.send(head.encode("latin-1") + body[:BLOCK_BYTES])
-            self.send(body[BLOCK_BYTES:])
-            attempt.sent = True
-        except socket.timeout:
-            raise  # no time is left for an answer
-        except OSError as error:
-            broken = error  # but a server may answer (401, 413) before it has read all
+    def exchange(self, attempt: _Attempt) -> _Answer:
+        """Send the request, and return the answer."""
+        body = attempt.request.body
+        attempt.is_connected = True
+        try:  # the start of the body in one packet with the head, if it fits
+            self.send(memoryview(attempt.head() + body[:BLOCK_BYTES]))
+            self.send(memoryview(body)[BLOCK_BYTES:])
+            attempt.has_left = True
+        except (ConnectionError, ssl.SSLError):
+            pass  # a server may answer (401, 413) before it has all, and hang up
+        answer = self._read_head(attempt.request.method)
+        if 200 <= answer.status < 300:
+            answer.read_content()
+            return answer
+        attempt.allow(ERROR_BODY_SECONDS, "the answer did not end")
         try:
-            response = self.read_head(prepared.method)
-            answer = _read_answer(response)
-        except Exception as error:  # noqa: BLE001 (it is raised)
-            raise broken or error
-        self.attempt = None  # so that peek shows what is held, and reads nothing
-        unread = bool(self.reader.peek(1))
-        if hasattr(self.sock, "pending"):  # TLS: decrypted, but not read
-            unread = unread or self.sock.pending() > 0
-        odd = broken or answer.problem or unread or response.will_close
-        return answer, not odd and _is_framed(answer)
+            answer.read_content()
+        except (_TimeUp, OSError, http.client.HTTPException) as error:
+            if _is_of_a_signal(error):
+                raise
+        return answer  # with its status, whatever came of its body
+
+    def is_done(self) -> bool:
+        """Whether all that was received has been read."""
+        is_tls = isinstance(self.sock, ssl.SSLSocket)
+        return not self._reader.peek(1) and not (is_tls and self.sock.pending())
 
     def is_quiet(self) -> bool:
         """Whether the peer has neither closed it nor sent anything unasked."""
-        self.sock.settimeout(0)
-        try:  # past SSLSocket.recv, which cannot peek
-            socket.socket.recv(self.sock, 1, socket.MSG_PEEK)
-        except OSError as error:
-            return isinstance(error, BlockingIOError)
-        return False
+        return not _wait_until_ready(self.sock, False, 0)
 
 
-class _ConnectionHandler(urllib.request.BaseHandler):
-    """Performs an attempt for urllib's opener, on a kept connection or a new one."""
+def _look_up(host: str, port: int) -> List[Any]:
+    """The addresses of a host. This cannot be interrupted."""
+    try:
+        return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except UnicodeError:  # of Python's IDNA codec
+        raise socket.gaierror(socket.EAI_NONAME, "not a host's name") from None
 
-    def __init__(self, context: Optional[_SSLContext]) -> None:
-        self._context = context
-        # A fork may leave a lock locked for ever. So there is one for each process,
-        # and none for the list, whose append, pop and remove are atomic.
-        self._context_locks: Dict[int, threading.Lock] = {}
-        self._idle: List[_Connection] = []
-        self._closed = False
 
-    def http_open(self, attempt: _Attempt) -> _Answer:
-        if attempt.type not in ("http", "https"):
-            raise ValueError("a proxy of another kind")  # such as socks, for http
-        # the server behind a proxy; urllib has no public name for it
-        tunnel = getattr(attempt, "_tunnel_host", None)
-        credentials = attempt.get_header("Proxy-authorization", "")  # urllib's spelling
-        if tunnel:  # they are for the proxy alone
-            attempt.remove_header("Proxy-authorization")
-        # the process too, as the two sides of a fork may not share a connection
-        peer = (os.getpid(), attempt.type, attempt.host, tunnel, credentials)
-        kept = self._take(peer)
-        connection = kept or _Connection(peer)
-        connection.attempt = attempt
+def _dial(addresses: List[Any], attempt: _Attempt) -> socket.socket:
+    """A socket connected to the address that answers first (RFC 8305).
+
+    The two families take turns (section 4).
+    """
+    first = [address for address in addresses if address[0] == addresses[0][0]]
+    others = [address for address in addresses if address[0] != addresses[0][0]]
+    ordered = []
+    while first or others:
+        ordered += first[:1] + others[:1]
+        first, others = first[1:], others[1:]
+    with selectors.DefaultSelector() as selector:
         try:
-            attempt.cancellation.watch(connection)
-            if kept is None:
-                self._connect(connection, tunnel, credentials)
-            answer, clean = connection.exchange()
-            attempt.cancellation.watch(None)
-            if answer.status == 407 and attempt.has_proxy():
-                attempt.sent = False
-                raise _ProxyRefusal("407 Proxy Authentication Required")
-        except BaseException:
-            connection.close()
-            raise
-        connection.idle_since = time.monotonic()
-        if clean:
-            self._idle.append(connection)
-        else:
-            connection.close()
-        if self._closed:
-            self.close()
-        return answer
+            return _race(ordered, selector, attempt)
+        finally:  # close the others
+            for key in list(selector.get_map().values()):
+                cast(socket.socket, key.fileobj).close()
 
-    https_open = http_open
 
-    def _connect(
-        self, connection: _Connection, tunnel: Optional[str], credentials: str
-    ) -> None:
-        secure, host = connection.attempt.type == "https", connection.attempt.host
-        connection.dial(*_host_and_port(host, 443 if secure and not tunnel else 80))
-        if tunnel:
-            connection.open_tunnel(tunnel, credentials)
-        if secure:
-            server, _ = _host_and_port(tunnel or host, 443)
-            connection.start_tls(self._tls_context(), server)
-
-    def _tls_context(self) -> _SSLContext:
-        with self._context_locks.setdefault(os.getpid(), threading.Lock()):
-            if self._context is None:
-                import ssl
-
-                self._context = ssl.create_default_context()
-            return self._context
-
-    def _take(self, peer: Tuple[Any, ...]) -> Optional[_Connection]:
-        """The usable connection that was used last; those that are too old go."""
-        chosen: Optional[_Connection] = None
-        for connection in self._idle[::-1]:
-            fresh = time.monotonic() - connection.idle_since < IDLE_SECONDS
-            if fresh and (chosen or connection.peer != peer):
+def _race(addresses: List[Any], selector: Any, attempt: _Attempt) -> socket.socket:
+    """Ask one more address in each turn, and as soon as one has failed (section 5)."""
+    failure = OSError("no address found")
+    while addresses or selector.get_map():
+        if addresses:
+            try:
+                sock = _start_to_connect(addresses.pop(0))
+            except OSError as error:  # such as of a family that is not to be had
+                failure = error
                 continue
-            try:
-                self._idle.remove(connection)
-            except ValueError:
-                continue  # another thread took it
-            if fresh and connection.is_quiet():
-                chosen = connection
-            else:
-                connection.close()
-        return chosen
+            selector.register(sock, selectors.EVENT_WRITE)
+        for key, _ in selector.select(min(ADDRESS_SECONDS, attempt.time_left())):
+            sock = cast(socket.socket, key.fileobj)
+            selector.unregister(sock)
+            code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if not code:
+                return sock
+            sock.close()
+            failure = OSError(code, os.strerror(code))
+    raise failure
 
-    def close(self) -> None:
-        """Close what is idle; what is in use is closed when its answer has come."""
-        self._closed = True
-        while self._idle:
-            try:
-                self._idle.pop().close()
-            except IndexError:
-                break  # another thread took the last one
+
+def _start_to_connect(address: Any) -> socket.socket:
+    family, sock_type, protocol, _, sock_address = address
+    sock = socket.socket(family, sock_type, protocol)
+    try:
+        sock.setblocking(False)
+        sock.connect(sock_address)
+    except BlockingIOError:
+        pass  # as a rule
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _parse_proxy(url: str) -> _Proxy:
+    """The proxy that a variable of the environment names."""
+    kind, separator, rest = url.rpartition("://")
+    if separator and kind.lower() not in ("http", "https"):
+        kind = kind if re.fullmatch("[A-Za-z0-9+.-]+", kind) else "such"
+        raise _ProxyFault(f"{kind} proxies cannot be used, only those of HTTP")
+    fault = _ProxyFault("what the environment names is not the URL of an HTTP proxy")
+    try:
+        parts = urllib.parse.urlsplit(f"//{rest}")
+        host, port = parts.hostname, parts.port or 80
+    except ValueError:  # whose text may quote a password
+        raise fault from None
+    if not host:
+        raise fault
+    authorization = ""
+    if parts.username is not None:
+        import base64
+
+        user = urllib.parse.unquote(parts.username)
+        pair = f"{user}:{urllib.parse.unquote(parts.password or '')}"
+        pair_bytes = pair.encode("utf-8", "surrogateescape")  # as the system gave it
+        authorization = f"Basic {base64.b64encode(pair_bytes).decode()}"
+    return _Proxy(host, port, authorization)
+
+
+def _make_tls_context() -> ssl.SSLContext:
+    """A context with the platform's authorities, or those that the environment names.
+
+    ValidationError, with the variable as its path, if these cannot be used.
+    """
+    context = ssl.create_default_context()
+    # up to Python 3.9, the default is what the system allows
+    context.minimum_version = max(context.minimum_version, ssl.TLSVersion.TLSv1_2)
+    file = os.environ.get("SSL_CERT_FILE")
+    directories = os.environ.get("SSL_CERT_DIR")
+    if file or directories:
+        # Python 3.13 asks for what the authorities of many companies lack, and one who
+        # uses the command line has no other way out
+        context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+    try:
+        if file:  # Python itself passes over one that it cannot read
+            context.load_verify_locations(file)
+    except ssl.SSLError:
+        wrong = f"{file!r} holds no certificates in PEM"
+        raise ValidationError([("SSL_CERT_FILE", wrong)]) from None
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):  # no fault of the file
+            raise
+        wrong = f"{file!r} cannot be read: {error.strerror}"
+        raise ValidationError([("SSL_CERT_FILE", wrong)]) from None
+    if directories and not any(map(os.path.isdir, directories.split(os.pathsep))):
+        wrong = f"{directories!r} names no directory that exists"
+        raise ValidationError([("SSL_CERT_DIR", wrong)])
+    return context
+
+
+def _is_of_a_signal(error: Exception) -> bool:
+    """Whether it is a time-out that a signal's handler raised.
+
+    The system's own has a number, and our sockets have none (socket.timeout is this
+    class since Python 3.10).
+    """
+    is_time_out = isinstance(error, (TimeoutError, socket.timeout))
+    return is_time_out and cast(OSError, error).errno is None
 
 
 def _explain(error: Exception, attempt: _Attempt) -> Tuple[str, bool]:
     """(what went wrong, whether another attempt may do better)."""
-    if isinstance(error, socket.timeout) and not error.errno:  # the system's has one
-        return f"no complete answer within {attempt.prepared.timeout:g} s", True
-    if isinstance(error, _ProxyRefusal):
-        return f"the proxy refused with {error}", False
+    if isinstance(error, (_TimeUp, _ProxyFault)):
+        return str(error), isinstance(error, _TimeUp)
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return _explain_certificate(error), False
+    if isinstance(error, ssl.SSLError) and not attempt.is_connected:
+        return _explain_handshake(error)
     if isinstance(error, socket.gaierror):
-        what = f"no address found for {attempt.host} ({error.strerror})"
+        host = attempt.proxy.host if attempt.proxy else attempt.host
+        what = f"no address found for {host} ({error.strerror})"
         return what, error.errno == socket.EAI_AGAIN
-    if hasattr(error, "verify_message"):  # ssl.SSLCertVerificationError
-        what = f"the certificate was not accepted ({error.verify_message})"
-        advice = "set SSL_CERT_FILE to its certificate, or pass an ssl_context"
-        return f"{what}; for a private authority, {advice}", False
-    if isinstance(error, ValueError) and not attempt.sent:
-        return "what the environment names is not the URL of an HTTP proxy", False
     if isinstance(error, http.client.RemoteDisconnected):
         return "the connection was closed without an answer", True
-    if isinstance(error, (http.client.IncompleteRead, EOFError)):
+    if isinstance(error, http.client.IncompleteRead):
         return "the answer broke off", True
-    if isinstance(error, (http.client.HTTPException, ValueError)):
-        return f"what came is not HTTP ({type(error).__name__})", True
-    what = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return what, attempt.sent or isinstance(error, OSError)
+    if isinstance(error, http.client.HTTPException):  # which may quote the server
+        return f"what came is no HTTP answer ({type(error).__name__})", True
+    return getattr(error, "strerror", None) or str(error), True
 
 
-def _connection_error(error: Exception, attempt: _Attempt) -> APIConnectionError:
-    """What a failure means for the caller and for the retry policy."""
-    late = isinstance(error, (socket.timeout, TimeoutError))
-    what, temporary = _explain(error, attempt)
-    if attempt.host != urllib.parse.urlsplit(attempt.full_url).netloc:
-        what += f" (proxy {attempt.host})"
-    outcome = "the agent may have run, but" if attempt.sent else "not sent:"
-    text = f"{attempt.get_method()} {attempt.full_url}: {outcome} {what}"
-    text = attempt.prepared.mask(text)
-    failure = (APITimeoutError if late else APIConnectionError)(text)
-    failure.sent, failure.temporary = attempt.sent, temporary
-    # a traceback shows the cause too, where what the server wrote may be quoted
-    error.__cause__ = error.__context__ = None
-    if isinstance(error, (http.client.HTTPException, ValueError)):
-        error.args = (what,)
-    return failure
+def _explain_certificate(error: ssl.SSLCertVerificationError) -> str:
+    what = f"the server's certificate was not accepted: {error.verify_message}"
+    # OpenSSL's X509_V_ERR_...: no issuer is found (2, 20, 21), or it is the server's
+    # own (18, 19)
+    if error.verify_code in (2, 18, 19, 20, 21):
+        advice = "SSL_CERT_FILE to its certificate, or pass an ssl_context"
+        what += f"; for an authority of your own, set {advice}"
+    return what
 
 
-class _Transport:
-    """Brings a prepared request to its server, and a complete answer back."""
+def _explain_handshake(error: ssl.SSLError) -> Tuple[str, bool]:
+    """The same, for an error of TLS that came before the request had left."""
+    # OpenSSL's own words, such as "wrong version number"; Python 3.7 mistakes some of
+    # the numbers of which it makes the `reason`
+    words = re.sub(r"\[.*?\] |\(_ssl.*", "", str(error)).strip().lower()
+    broken_off = (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError)
+    if isinstance(error, broken_off) or "eof" in words or "internal error" in words:
+        return "the TLS handshake was broken off", True
+    if any(word in words for word in ("protocol", "cipher", "handshake failure")):
+        what = "the server and this Python have no TLS version or cipher in common"
+    elif words.startswith(("sslv3", "tlsv1", "ssl/tls")):  # what it says in an alert
+        what = "the server refused the TLS handshake"
+    else:
+        what = "the server does not speak TLS on this port"
+    return f"{what} ({words})", False
 
-    def __init__(self, context: Optional[_SSLContext]) -> None:
-        self._connections = _ConnectionHandler(context)
-        self._opener = urllib.request.OpenerDirector()
-        self._opener.add_handler(urllib.request.ProxyHandler())
-        self._opener.add_handler(self._connections)
+
+class _Handler(urllib.request.BaseHandler):
+    """Performs attempts for urllib's opener, and keeps connections for the next ones."""
+
+    def __init__(self, context: Optional[ssl.SSLContext]) -> None:
+        self._proxies = urllib.request.getproxies()
+        self._context = context  # one with which a handshake has succeeded, or a given
+        self._new_context: Optional[ssl.SSLContext] = None  # none has yet
+        self._locks: Dict[int, threading.RLock] = {}  # for that, by process
+        # by when they were used last, the oldest first; who pops one has it, so that
+        # neither threads nor a signal's handler need a lock
+        self._idle: Dict[_Connection, float] = {}
+        self._is_closed = False
+        self._has_warned = False
+
+    def add_parent(self, parent: Any) -> None:
+        """Hold no reference to the opener, so that a dropped client ends at once."""
+
+    def http_open(self, attempt: _Attempt) -> _Answer:
+        """The answer to an attempt. APIConnectionError if no complete one comes.
+
+        What is raised here passes through the wrappers of the opener: it is masked.
+        """
+        try:
+            return self._perform(attempt)
+        except (_TimeUp, OSError, http.client.HTTPException) as error:
+            if _is_of_a_signal(error):
+                raise
+            what, temporary = _explain(error, attempt)
+            is_late = isinstance(error, (_TimeUp, TimeoutError))
+            cause = error if isinstance(error, OSError) else None
+        if attempt.proxy:
+            what += f" (proxy {attempt.proxy.host}:{attempt.proxy.port})"
+        outcome = "the agent may have run, but" if attempt.sent else "not sent:"
+        if attempt.request.method == "GET":
+            outcome = "no answer:"
+        text = f"{attempt.request.method} {attempt.full_url}: {outcome} {what}"
+        error_class = APITimeoutError if is_late else APIConnectionError
+        failure = error_class(attempt.request.mask(text))
+        failure.sent, failure.temporary = attempt.sent, temporary
+        _log.debug("%s", failure)
+        # other causes quote what the server wrote, and a traceback shows them
+        raise failure from cause
+
+    https_open = http_open
+
+    def _perform(self, attempt: _Attempt) -> _Answer:
+        attempt.time_left()  # the task may have been cancelled during a wait
+        attempt.proxy = self._find_proxy(attempt)
+        self._warn_of_plain_http(attempt)
+        # the process too, as the two sides of a fork may not share a connection
+        route = (os.getpid(), attempt.type, attempt.host, attempt.proxy)
+        connection = self._take(route) or _Connection(route)
+        connection.attempt = attempt
+        is_usable = False
+        try:
+            if connection.sock is None:
+                self._connect(connection, attempt)
+            answer = connection.exchange(attempt)
+            connection.attempt = None
+            is_whole = attempt.has_left and answer.is_framed()
+            is_usable = is_whole and connection.is_done()
+        finally:
+            if is_usable:
+                self._keep(connection)
+            else:
+                connection.close()
+        if answer.status == 407 and attempt.proxy and attempt.type == "http":
+            attempt.has_left = False  # for the server
+            raise _ProxyFault(
+                "the proxy refused with 407 Proxy Authentication Required"
+            )
+        answer.url = attempt.full_url  # as urllib's own handlers do
+        if _log.isEnabledFor(logging.DEBUG):
+            url = attempt.request.mask(attempt.full_url)
+            _log.debug("%s: %d", url, answer.status)
+        return answer
+
+    def _find_proxy(self, attempt: _Attempt) -> Optional[_Proxy]:
+        url = self._proxies.get(attempt.type or "")
+        if not url or urllib.request.proxy_bypass(attempt.host):
+            return None
+        return _parse_proxy(url)
+
+    def _warn_of_plain_http(self, attempt: _Attempt) -> None:
+        if attempt.type == "https" or self._has_warned:
+            return
+        host = attempt.proxy.host if attempt.proxy else attempt.host
+        if not re.match(r"(localhost|127\.[0-9.]+|\[?::1\]?)(:|$)", host):
+            self._has_warned = True
+            _log.warning("the key goes in clear to http://%s", host)
+
+    def _connect(self, connection: _Connection, attempt: _Attempt) -> None:
+        if attempt.type == "http":
+            return connection.connect(attempt, None)
+        context = self._tls_context()
+        try:
+            connection.connect(attempt, context)
+        except BaseException:
+            # a process short of file descriptors gets a context without authorities
+            if self._new_context is context:
+                self._new_context = None
+            raise
+        self._context = context
+
+    def _tls_context(self) -> ssl.SSLContext:
+        if self._context is not None:
+            return self._context
+        # Calls that start together share one. A fork may leave a parent's lock locked
+        # for ever, and a signal's handler may make a call.
+        with self._locks.setdefault(os.getpid(), threading.RLock()):
+            if self._new_context is None:
+                self._new_context = _make_tls_context()
+            return self._new_context
+
+    def _take(self, route: Tuple[Any, ...]) -> Optional[_Connection]:
+        """The usable connection that was used last; those that are too old go."""
+        oldest = _now() - IDLE_SECONDS
+        kept = self._idle.copy()
+        for connection in kept:
+            if kept[connection] < oldest and self._claim(connection):
+                connection.close()
+        for connection in reversed(list(kept)):
+            if connection.route == route and self._claim(connection):
+                if connection.is_quiet():
+                    return connection
+                connection.close()
+        return None
+
+    def _claim(self, connection: _Connection) -> bool:
+        return self._idle.pop(connection, None) is not None
+
+    def _keep(self, connection: _Connection) -> None:
+        self._idle[connection] = _now()
+        self._keep_at_most(0 if self._is_closed else MAX_IDLE)
+
+    def _keep_at_most(self, count: int) -> None:
+        kept = list(self._idle)
+        for connection in kept[: max(0, len(kept) - count)]:
+            if self._claim(connection):
+                connection.close()
 
     def close(self) -> None:
-        self._connections.close()
+        """Close what is idle; what is in use is closed when its answer has come."""
+        self._is_closed = True
+        self._keep_at_most(0)
 
-    __del__ = close  # here, as the opener and its handler hold each other
-
-    def exchange(self, prepared: PreparedRequest, stop: _Cancellation) -> _Answer:
-        """The answer, after redirects within the origin (RFC 9110, section 15.4).
-
-        Raises APIConnectionError if no complete one comes.
-        """
-        url = prepared.url
-        home, _ = _read_server_url(url)
-        deadline = time.monotonic() + prepared.timeout
-        for _ in range(MAX_REDIRECTS + 1):
-            attempt = _Attempt(url, method=prepared.method)
-            attempt.prepared, attempt.cancellation = prepared, stop
-            attempt.deadline = deadline
-            try:
-                answer = cast(_Answer, self._opener.open(attempt))
-            except Exception as error:
-                failure = _connection_error(error, attempt)
-                _log.debug("%s", failure)
-                raise failure from error
-            if _log.isEnabledFor(logging.DEBUG):
-                _log.debug("%s: %d", prepared.mask(url), answer.status)
-            moved = 300 <= answer.status < 400
-            location = answer.headers.get("location") if moved else None
-            if not location:
-                break
-            try:
-                location = urllib.parse.quote(location, string.punctuation)
-                location = urllib.parse.urljoin(url, location).partition("#")[0]
-            except ValueError:
-                pass  # no URL, so of no origin
-            answer = answer._replace(problem=f"redirect to {location} not followed")
-            origin, _ = _read_server_url(location.partition("?")[0])
-            # 301 to 303 may turn a POST into a GET; the key stays in its origin
-            if answer.status not in (307, 308) or origin != home:
-                break
-            url = location
-        return answer
+    __del__ = close
 
 
 # --- Client -----------------------------------------------------------------
-
-APIKey = Union[str, Callable[[], Optional[str]], None]
-ResponseBody = CreateAgentResponseResponseBody
-
-
-@dataclass
-class _Call(_Declared):
-    """The parameters of a call; nothing else lists them."""
-
-    agent_key: str = field(metadata=_about("the agent's key or id", None))
-    message: Union[str, MessageLike] = field(metadata=_about("a message, or its text"))
-    task_id: Optional[str] = _optional("id of an inactive task to continue")
-    variables: Optional[Mapping[str, Any]] = _optional("values for the templates")
-    contact: Optional[ContactLike] = _optional("on whose behalf the agent runs")
-    thread: Optional[ThreadLike] = _optional("what groups requests")
-    memory: Optional[MemoryLike] = _optional("whose memories the agent uses")
-    metadata: Optional[Mapping[str, Any]] = _optional("any values, for the traces")
-    background: Optional[bool] = _optional("do not wait for the agent", default=False)
-    retries: Optional[RetryConfig] = _optional("None tries once", None, default=UNSET)
-    server_url: Optional[str] = _optional("in place of the client's", None)
-    timeout_ms: Optional[float] = _optional("milliseconds for each attempt", None)
-    http_headers: Optional[Mapping[str, str]] = _optional("to add or replace", None)
-    extra_body: Optional[Mapping[str, Any]] = _optional("fields unknown here", None)
-
-
-@dataclass
-class _SingleCall(_Call):
-    api_key: APIKey = _optional("a text, or a function that returns one", None)
-    ssl_context: Optional[_SSLContext] = _optional("None: the platform's", None)
-
-
-def _show_parameters(function: Any, call: Any) -> Any:
-    """Show, to help() and editors, the parameters of a call in place of **given."""
-    shown = inspect.signature(function)
-    own = [p for p in shown.parameters.values() if p.kind != p.VAR_KEYWORD]
-    names = [parameter.name for parameter in own]
-    more = inspect.signature(call).parameters.values()
-    own += [p.replace(kind=p.KEYWORD_ONLY) for p in more if p.name not in names]
-    function.__signature__ = shown.replace(parameters=own)
-    about = "\n".join(f"    {f.name}: {f.metadata['about']}" for f in fields(call))
-    text = inspect.cleandoc(function.__doc__ or "")  # -OO leaves none
-    function.__doc__ = f"{text}\n\n{about}"
-    return function
-
-
-def _takes(
-    call: "Callable[P, Any]",
-) -> "Callable[[Callable[..., T]], Callable[Concatenate[Any, P], T]]":
-    """Give a method of **given the parameters of a call."""
-    return lambda method: cast(Any, _show_parameters(method, call))
 
 
 def _one_line(text: str) -> str:
@@ -1439,29 +1850,66 @@ def _one_line(text: str) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
-def _finish(prepared: PreparedRequest, answer: _Answer) -> ResponseBody:
-    """The agent's answer. APIError if it is no usable 200."""
-    text = answer.body.decode(json.detect_encoding(answer.body), "replace")
-    data = _decode_json(text)
-    if answer.status == 200 and isinstance(data, dict) and not answer.problem:
-        return _decode_answer(data)
-    words = prepared.mask(_server_words(data))
-    quoted = words or prepared.mask(text)
-    shown = _one_line(quoted[:QUOTED_CHARACTERS])
-    if len(quoted) > QUOTED_CHARACTERS:
-        shown += f"... ({len(quoted)} characters)"
+def _error_words(data: Any, status: int) -> Tuple[str, str]:
+    """(the message in an error's JSON, the JSON of the details beside it)."""
+    outer = data if isinstance(data, dict) else {}
+    error = outer.get("error")
+    inner = error if isinstance(error, dict) else {}
+    message = outer.get("message") or inner.get("message") or error
+    words = _words(message) if message else ""
+    beside = {**outer, **inner}
+    if inner and "error" not in inner:
+        del beside["error"]
+    known = (None, message, status, http.client.responses.get(status))
+    details = {name: beside[name] for name in beside if beside[name] not in known}
+    try:
+        return words, json.dumps(details, ensure_ascii=False) if details else ""
+    except RecursionError:  # Python 3.12 reads deeper than it writes
+        return words, ""
+
+
+def _told_by_headers(headers: http.client.HTTPMessage) -> str:
+    """A request's id, and how long to wait."""
+    names = ("x-request-id", "cf-ray", "retry-after")
+    told = [f" ({name}: {headers[name]})" for name in names if name in headers]
+    return "".join(told)[:QUOTED_CHARACTERS]
+
+
+def _target(location: str) -> str:
+    """A redirect's target, without a user and password."""
+    return re.sub(r"^([A-Za-z][A-Za-z0-9+.-]*:)?//[^/?#]*@", r"\1//", location)
+
+
+def _read_answer(request: _Request, answer: _Answer) -> CreateAgentResponseResponseBody:
+    """What the agent did. APIError if the answer is no usable 2XX."""
+    body = answer.content.decode(json.detect_encoding(answer.content), "replace")
+    data = _decode_json(body)
+    problem = answer.problem
+    if 200 <= answer.status < 300 and not problem:
+        if isinstance(data, dict):
+            return _decode_answer(data)
+        problem = "the answer is not a JSON object"
+    location = answer.headers.get("location")
+    if 300 <= answer.status < 400 and location:
+        problem = f"redirect to {_target(location)} not followed; server_url can be set"
+    words, details = _error_words(data, answer.status)
+    said = request.mask(f"{words}: {details}" if words and details else words or body)
+    shown = _one_line(said[:QUOTED_CHARACTERS])  # masked before a cut hides a key in it
+    if len(said) > QUOTED_CHARACTERS:
+        shown += f"... ({len(said)} characters)"
     phrase = http.client.responses.get(answer.status, "")
-    problem = "" if answer.status != 200 else "the answer is not a JSON object"
-    about = f"{prepared.method} {prepared.url}: {answer.status} {phrase}".rstrip()
-    what = (about, answer.problem or problem, shown)
-    error = APIError(prepared.mask(": ".join(filter(None, what))))
+    what = f"{request.method} {request.url}: {answer.status} {phrase}".rstrip()
+    text = ": ".join(filter(None, (what, problem, shown)))
+    text += _told_by_headers(answer.headers)
+    error = APIError(_one_line(request.mask(text)))
     error.status_code, error.headers = answer.status, answer.headers
-    error.body, error.data, error.message = text, data, words or phrase
+    error.body, error.data = body, data
+    error.message = request.mask(words) or phrase
     raise error
 
 
-async def _in_thread(work: Callable[[], T], stop: _Cancellation) -> T:
-    """What work returns, in a daemon thread of its own.
+async def _in_thread(work: Callable[[threading.Event], T]) -> T:
+    """What work returns, in a daemon thread of its own; it is given what ends it.
 
     The event loop's executor has few threads, and a program's end waits for them.
     """
@@ -1469,12 +1917,13 @@ async def _in_thread(work: Callable[[], T], stop: _Cancellation) -> T:
     import concurrent.futures
     import contextvars
 
+    cancelled = threading.Event()
     future: concurrent.futures.Future[T] = concurrent.futures.Future()
-    future.set_running_or_notify_cancel()  # it is ended by `stop` alone
+    future.set_running_or_notify_cancel()  # it is ended by `cancelled` alone
 
     def run() -> None:
         try:
-            future.set_result(work())
+            future.set_result(work(cancelled))
         except StopIteration as error:  # before 3.12, the task would wait for ever
             future.set_exception(RuntimeError(repr(error)))
         except BaseException as error:  # noqa: BLE001 (the task raises it)
@@ -1485,105 +1934,310 @@ async def _in_thread(work: Callable[[], T], stop: _Cancellation) -> T:
     try:
         return await asyncio.wrap_future(future)
     finally:
-        stop.cancel()
+        cancelled.set()
 
 
-@dataclass(repr=False, eq=False)  # no repr, as it would show the key
+def _encode_extra(extra_body: Any, problems: Problems) -> Dict[str, Any]:
+    """The fields that a caller adds to the body."""
+    if extra_body is None:
+        return {}
+    if not isinstance(extra_body, abc.Mapping):
+        wrong = f"must be an object, not {_shown(extra_body)}"
+        problems.append(("extra_body", wrong))
+        return {}
+    extra: Dict[str, Any] = _encode_free(extra_body, "extra_body", problems)
+    for name in extra:
+        if name in _json_fields(_Body):
+            problems.append((f"extra_body.{name}", "is a parameter of its own"))
+    if extra.get("stream") not in (None, False):
+        wrong = "is not possible: the answer could not be read"
+        problems.append(("extra_body.stream", wrong))
+    return extra
+
+
+class _Options(NamedTuple):
+    """The parameters of a call that are not about the agent."""
+
+    retries: Optional[RetryConfig]
+    server_url: Optional[str]
+    timeout_ms: Optional[float]
+    http_headers: Optional[Mapping[str, str]]
+
+
 class Responses:
     """The operation, as `orq.agents.responses`."""
 
-    _transport: _Transport
-    _api_key: APIKey
-    _server_url: Optional[str]
-    _timeout_ms: Optional[float]
-    _retry_config: Optional[RetryConfig]
+    def __init__(
+        self,
+        handler: _Handler,
+        api_key: _Hidden,
+        server_url: Optional[str],
+        timeout_ms: Optional[float],
+        retry_config: Optional[RetryConfig],
+    ) -> None:
+        self._opener = urllib.request.OpenerDirector()
+        self._opener.add_handler(handler)
+        self._api_key = api_key
+        self._server_url = server_url
+        self._timeout_ms = timeout_ms
+        self._retry_config = retry_config
 
-    @_takes(_Call)
-    def create(self, **given: Any) -> ResponseBody:
+    def create(
+        self,
+        *,
+        agent_key: str,
+        message: Union[str, A2AMessage, Mapping[str, Any]],
+        task_id: Optional[str] = None,
+        variables: Optional[Mapping[str, Any]] = None,
+        identity: Union[Identity, Mapping[str, Any], None] = None,
+        contact: Union[Contact, Mapping[str, Any], None] = None,
+        thread: Union[CreateAgentResponseThread, Mapping[str, Any], None] = None,
+        memory: Union[Memory, Mapping[str, Any], None] = None,
+        metadata: Optional[Mapping[str, Any]] = None,
+        background: Optional[bool] = False,
+        retries: Optional[RetryConfig] = UNSET,
+        server_url: Optional[str] = None,
+        timeout_ms: Optional[float] = None,
+        http_headers: Optional[Mapping[str, str]] = None,
+        extra_body: Optional[Mapping[str, Any]] = None,
+    ) -> CreateAgentResponseResponseBody:
         """Send a message to an agent and return what the agent did.
 
-        Raises ValidationError before anything is sent, APIError for any answer but a
-        usable 200, and APIConnectionError or APITimeoutError without one.
-        """
-        return self._run(self.prepare(**given), _Cancellation())
+        agent_key: the agent's key or id
+        message: a text, an A2AMessage, or a mapping of that shape
+        task_id: an inactive task to continue
+        variables: any values, for the agent's templates
+        identity: on whose behalf the agent runs
+        contact: the same, by its older name
+        thread: what groups requests
+        memory: whose memories the agent uses
+        metadata: any values, shown in the traces
+        background: answer at once, and let the agent run on; see `get`
+        retries: what to try again; None tries once (default: the client's)
+        server_url: in place of the client's
+        timeout_ms: milliseconds for each attempt, in place of the client's
+        http_headers: to add, or to send in place of ours
+        extra_body: fields of the body that this file does not know
 
-    @_takes(_Call)
-    async def create_async(self, **given: Any) -> ResponseBody:
+        Raises ValidationError before anything is sent, APIError for any answer but a
+        usable 2XX, and APIConnectionError or APITimeoutError without one. A run that
+        failed raises nothing: see `error` of what is returned.
+        """
+        request = self._prepare(
+            agent_key=agent_key,
+            message=message,
+            task_id=task_id,
+            variables=variables,
+            identity=identity,
+            contact=contact,
+            thread=thread,
+            memory=memory,
+            metadata=metadata,
+            background=background,
+            retries=retries,
+            server_url=server_url,
+            timeout_ms=timeout_ms,
+            http_headers=http_headers,
+            extra_body=extra_body,
+        )
+        return self._run(request)
+
+    async def create_async(
+        self,
+        *,
+        agent_key: str,
+        message: Union[str, A2AMessage, Mapping[str, Any]],
+        task_id: Optional[str] = None,
+        variables: Optional[Mapping[str, Any]] = None,
+        identity: Union[Identity, Mapping[str, Any], None] = None,
+        contact: Union[Contact, Mapping[str, Any], None] = None,
+        thread: Union[CreateAgentResponseThread, Mapping[str, Any], None] = None,
+        memory: Union[Memory, Mapping[str, Any], None] = None,
+        metadata: Optional[Mapping[str, Any]] = None,
+        background: Optional[bool] = False,
+        retries: Optional[RetryConfig] = UNSET,
+        server_url: Optional[str] = None,
+        timeout_ms: Optional[float] = None,
+        http_headers: Optional[Mapping[str, str]] = None,
+        extra_body: Optional[Mapping[str, Any]] = None,
+    ) -> CreateAgentResponseResponseBody:
         """Do what `create` does, without blocking the event loop.
 
         Each call takes a thread. Cancelling the task closes the connection; the agent
         may run on.
         """
-        stop = _Cancellation()
 
-        def work() -> ResponseBody:
-            return self._run(self.prepare(**given), stop)
+        def work(cancelled: threading.Event) -> CreateAgentResponseResponseBody:
+            request = self._prepare(
+                agent_key=agent_key,
+                message=message,
+                task_id=task_id,
+                variables=variables,
+                identity=identity,
+                contact=contact,
+                thread=thread,
+                memory=memory,
+                metadata=metadata,
+                background=background,
+                retries=retries,
+                server_url=server_url,
+                timeout_ms=timeout_ms,
+                http_headers=http_headers,
+                extra_body=extra_body,
+            )
+            return self._run(request, cancelled)
 
-        return await _in_thread(work, stop)
+        return await _in_thread(work)
 
-    @_takes(_Call)
-    def prepare(self, **given: Any) -> PreparedRequest:
-        """Return what `create` would send, checked. Raises ValidationError."""
-        try:
-            call = _Call(**given)
-        except TypeError:  # which speaks of _Call
-            inspect.signature(self.create).bind(**given)
-            raise
+    def get(
+        self,
+        *,
+        agent_key: str,
+        task_id: str,
+        retries: Optional[RetryConfig] = UNSET,
+        server_url: Optional[str] = None,
+        timeout_ms: Optional[float] = None,
+        http_headers: Optional[Mapping[str, str]] = None,
+    ) -> CreateAgentResponseResponseBody:
+        """Fetch what has come of a task, such as of a run in the background.
+
+        Its `status` is "in_progress" until it has ended. The parameters and the errors
+        are those of `create`; no agent is run, so `sent` is never true.
+        """
+        options = _Options(retries, server_url, timeout_ms, http_headers)
+        return self._run(self._prepare_get(agent_key, task_id, options))
+
+    async def get_async(
+        self,
+        *,
+        agent_key: str,
+        task_id: str,
+        retries: Optional[RetryConfig] = UNSET,
+        server_url: Optional[str] = None,
+        timeout_ms: Optional[float] = None,
+        http_headers: Optional[Mapping[str, str]] = None,
+    ) -> CreateAgentResponseResponseBody:
+        """Do what `get` does, without blocking the event loop; see `create_async`."""
+        options = _Options(retries, server_url, timeout_ms, http_headers)
+
+        def work(cancelled: threading.Event) -> CreateAgentResponseResponseBody:
+            request = self._prepare_get(agent_key, task_id, options)
+            return self._run(request, cancelled)
+
+        return await _in_thread(work)
+
+    def _prepare(
+        self,
+        *,
+        agent_key: str,
+        extra_body: Optional[Mapping[str, Any]] = None,
+        retries: Optional[RetryConfig] = UNSET,
+        server_url: Optional[str] = None,
+        timeout_ms: Optional[float] = None,
+        http_headers: Optional[Mapping[str, str]] = None,
+        **fields_of_body: Any,
+    ) -> _Request:
+        """The request of `create`. Raises ValidationError."""
         problems: Problems = []
-        if isinstance(call.message, str):
-            part = {"kind": "text", "text": call.message}
-            call.message = {"role": "user", "parts": [part]}
-        content = _encode_object((_Call,), call, "", problems)
-        if call.extra_body is not None:
-            extra = _encode(_Shape(dict), call.extra_body, "extra_body", problems) or {}
-            for name in filter(_json_fields(_Call).__contains__, extra):
-                problems.append((f"extra_body.{name}", "is a parameter of its own"))
-            content.update(extra)
-        server = self._server_url if call.server_url is None else call.server_url
-        if server is None:
-            server = os.environ.get("ORQ_BASE_URL", "").strip() or DEFAULT_SERVER
-        url = _operation_url(server, call.agent_key, problems)
-        key = self._api_key
-        if key is None:
-            key = os.environ.get("ORQ_API_KEY")
-        key = key() if callable(key) else key
-        headers = _request_headers(key, call.http_headers, problems)
-        timeout = self._timeout_ms if call.timeout_ms is None else call.timeout_ms
-        timeout = DEFAULT_TIMEOUT_MS if timeout is None else timeout
-        timeout = _encode(_Shape(float), timeout, "timeout_ms", problems)
-        if timeout is not None and not 0 < timeout <= MAX_TIMEOUT_MS:
-            problems.append(("timeout_ms", f"must be above 0, up to {MAX_TIMEOUT_MS}"))
-        config = self._retry_config if call.retries is UNSET else call.retries
-        # the default is skipped, as a check costs a call a twentieth of its time
-        if config is not None and config is not DEFAULT_RETRY:
-            _encode(_Shape(None, (RetryConfig,)), config, "retries", problems)
+        body = _Body(**fields_of_body)
+        if isinstance(body.message, str):
+            part = {"kind": "text", "text": body.message}
+            body.message = {"role": "user", "parts": [part]}
+        content = _encode_object((_Body,), body, "", problems)
+        if body.identity is not None and body.contact is not None:
+            problems.append(("identity", "is the newer name of contact: give one"))
+        content.update(_encode_extra(extra_body, problems))
+        data = b"" if problems else _encode_json(content).encode("ascii")
+        path = f"/v2/agents/{_segment('agent_key', agent_key, problems)}/responses"
+        options = _Options(retries, server_url, timeout_ms, http_headers)
+        return self._prepare_request("POST", path, data, options, problems)
+
+    def _prepare_get(self, agent_key: str, task_id: str, options: _Options) -> _Request:
+        """The request of `get`. Raises ValidationError."""
+        problems: Problems = []
+        agent = _segment("agent_key", agent_key, problems)
+        path = f"/v2/agents/{agent}/responses/{_segment('task_id', task_id, problems)}"
+        return self._prepare_request("GET", path, b"", options, problems)
+
+    def _prepare_request(
+        self,
+        method: str,
+        path: str,
+        body: bytes,
+        options: _Options,
+        problems: Problems,
+    ) -> _Request:
+        """What the two have in common."""
+        url = self._find_server(options.server_url, problems) + path
+        seconds = self._find_timeout(options.timeout_ms, problems)
+        config = self._retry_config if options.retries is UNSET else options.retries
+        if config is not None and not _is_a(RetryConfig, config):
+            wanted = f"must be a RetryConfig or None, not {_shown(config)}"
+            problems.append(("retries", wanted))
+        headers = {
+            "Accept": "application/json",
+            "Accept-Encoding": "identity",
+            "User-Agent": f"orq_min/{__version__}",
+        }
+        if method == "POST":
+            headers["Content-Type"] = "application/json"
+        headers.update(_check_headers(options.http_headers, problems))
+        headers["Host"] = urllib.parse.urlsplit(url).netloc
+        if method == "POST":
+            headers["Content-Length"] = str(len(body))
+        if "Authorization" in headers:  # it stands for the key
+            authorization = _Hidden(headers.pop("Authorization"))
+        else:
+            authorization = _authorization(self._api_key, problems)
         if problems:
             raise ValidationError(problems)
-        data = _encode_json(content).encode("ascii")
-        headers["Host"] = urllib.parse.urlsplit(url).netloc
-        headers["Content-Length"] = str(len(data))
-        return PreparedRequest("POST", url, headers, data, timeout / 1000, config)
+        return _Request(method, url, headers, authorization, body, seconds, config)
 
-    def _run(self, prepared: PreparedRequest, stop: _Cancellation) -> ResponseBody:
+    def _find_server(self, server_url: Any, problems: Problems) -> str:
+        server = self._server_url if server_url is None else server_url
+        if server is None:
+            server = os.environ.get("ORQ_BASE_URL", "").strip() or DEFAULT_SERVER
+        url, wrong = _check_server_url(server if isinstance(server, str) else "")
+        if wrong:
+            problems.append(("server_url", wrong))
+        return url
+
+    def _find_timeout(self, timeout_ms: Any, problems: Problems) -> float:
+        """Seconds."""
+        timeout = self._timeout_ms if timeout_ms is None else timeout_ms
+        timeout = DEFAULT_TIMEOUT_MS if timeout is None else timeout
+        if type(timeout) in (int, float) and 0 < timeout <= MAX_WAIT_MS:
+            return timeout / 1000
+        wanted = f"must be a number of milliseconds above 0, up to {MAX_WAIT_MS}"
+        problems.append(("timeout_ms", wanted))
+        return 0
+
+    def _run(
+        self, request: _Request, cancelled: Optional[threading.Event] = None
+    ) -> CreateAgentResponseResponseBody:
         """The answer of the first attempt that has one, or the last one's error."""
-        started, config = time.monotonic(), prepared.retries
-        attempt = 0
+        config, number, elapsed = request.retries, 0, 0.0
+        # on Windows, Ctrl-C ends a sleep, but not the wait for an event
+        pause: Callable[[float], Any] = cancelled.wait if cancelled else time.sleep
         while True:
-            attempt += 1
+            number, started = number + 1, _now()
             try:
-                return _finish(prepared, self._transport.exchange(prepared, stop))
+                answer = self._opener.open(_Attempt(request, cancelled))
+                return _read_answer(request, cast(_Answer, answer))
             except (APIError, APIConnectionError) as error:
                 if config is None or not _should_retry(error, config):
                     raise
-                elapsed = time.monotonic() - started
-                wait = _retry_wait(error, config, attempt, elapsed)
-                if wait is None or stop.event.is_set():
+                elapsed += _now() - started
+                seconds = _retry_wait(error, config, number, elapsed)
+                if seconds is None:
                     raise
                 # an APIError's text quotes the body; an APIConnectionError's does not
-                status = getattr(error, "status_code", None)
-                reason = f"status {status}" if status else str(error)
-            _log.info("attempt %d failed, next in %.1f s: %s", attempt, wait, reason)
-            stop.pause(wait)
+                is_answer = isinstance(error, APIError)
+                reason = f"status {error.status_code}" if is_answer else str(error)
+            message = "attempt %d failed, next in %.1f s: %s"
+            _log.warning(message, number, seconds, reason)
+            pause(seconds)
+            elapsed += seconds  # whatever a clock says, and even if it was skipped
 
 
 class Agents:
@@ -1606,128 +2260,199 @@ class Orq:
 
     def __init__(
         self,
-        api_key: APIKey = None,
+        api_key: Union[str, Callable[[], Optional[str]], None] = None,
         *,
         server_url: Optional[str] = None,
         timeout_ms: Optional[float] = None,
         retry_config: Optional[RetryConfig] = DEFAULT_RETRY,
-        ssl_context: Optional[_SSLContext] = None,
+        ssl_context: Optional[ssl.SSLContext] = None,
     ) -> None:
-        if ssl_context is not None and not hasattr(ssl_context, "wrap_socket"):
+        hidden = api_key if isinstance(api_key, _Hidden) else _Hidden(api_key)
+        del api_key  # an error's traceback shows it
+        if ssl_context is not None and not isinstance(ssl_context, ssl.SSLContext):
             raise ValidationError([("ssl_context", "must be an ssl.SSLContext")])
-        self._transport = _Transport(ssl_context)
+        if retry_config is UNSET:
+            retry_config = DEFAULT_RETRY
+        self._handler = _Handler(ssl_context)
         self.agents = Agents(
-            Responses(self._transport, api_key, server_url, timeout_ms, retry_config)
+            Responses(self._handler, hidden, server_url, timeout_ms, retry_config)
         )
 
     def close(self) -> None:
         """Close the idle connections. A later call works, but keeps none."""
-        self._transport.close()
+        self._handler.close()
 
-    def __enter__(self) -> "Self":
+    def __enter__(self) -> "Orq":
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    async def __aenter__(self) -> "Self":
+    async def __aenter__(self) -> "Orq":
         return self
 
     async def __aexit__(self, *exception: object) -> None:
         self.close()
 
 
-def _takes_alone(
-    call: "Callable[P, Any]",
-) -> "Callable[[Callable[..., T]], Callable[P, T]]":
-    """Give a function of **given the parameters of a call."""
-    return lambda function: cast(Any, _show_parameters(function, call))
-
-
-@_takes_alone(_SingleCall)
 def create_response(
-    agent_key: str, message: Union[str, MessageLike], **given: Any
-) -> ResponseBody:
+    agent_key: str,
+    message: Union[str, A2AMessage, Mapping[str, Any]],
+    *,
+    task_id: Optional[str] = None,
+    variables: Optional[Mapping[str, Any]] = None,
+    identity: Union[Identity, Mapping[str, Any], None] = None,
+    contact: Union[Contact, Mapping[str, Any], None] = None,
+    thread: Union[CreateAgentResponseThread, Mapping[str, Any], None] = None,
+    memory: Union[Memory, Mapping[str, Any], None] = None,
+    metadata: Optional[Mapping[str, Any]] = None,
+    background: Optional[bool] = False,
+    retries: Optional[RetryConfig] = UNSET,
+    server_url: Optional[str] = None,
+    timeout_ms: Optional[float] = None,
+    http_headers: Optional[Mapping[str, str]] = None,
+    extra_body: Optional[Mapping[str, Any]] = None,
+    api_key: Union[str, Callable[[], Optional[str]], None] = None,
+    ssl_context: Optional[ssl.SSLContext] = None,
+) -> CreateAgentResponseResponseBody:
     """Make one call, with a client of its own. See `Orq` and `Responses.create`."""
-    client = {name: given.pop(name, None) for name in ("api_key", "ssl_context")}
-    with Orq(**client) as orq:
-        create = orq.agents.responses.create
-        return create(agent_key=agent_key, message=message, **given)
+    hidden: Any = _Hidden(api_key)
+    del api_key  # an error's traceback shows it
+    with Orq(hidden, ssl_context=ssl_context) as orq:
+        return orq.agents.responses.create(
+            agent_key=agent_key,
+            message=message,
+            task_id=task_id,
+            variables=variables,
+            identity=identity,
+            contact=contact,
+            thread=thread,
+            memory=memory,
+            metadata=metadata,
+            background=background,
+            retries=retries,
+            server_url=server_url,
+            timeout_ms=timeout_ms,
+            http_headers=http_headers,
+            extra_body=extra_body,
+        )
 
 
 # --- Command line -----------------------------------------------------------
 
 
+def _fail(what: str, problem: str) -> NoReturn:
+    raise ValidationError([(what, problem)])
+
+
 def _print(stream: Any, text: str) -> None:
-    """Print in any locale: what the stream cannot show is escaped."""
+    """Print in any locale; what the stream, or a terminal, cannot show is escaped."""
     if stream is None:
         return
     encoding = getattr(stream, "encoding", None) or "utf-8"
+    if stream.isatty():  # which obeys them; a newline and a tab may pass
+        controls = r"\r(?!\n)|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]"
+        text = re.sub(controls, lambda match: f"\\x{ord(match[0]):02x}", text)
     try:
         stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
         stream.flush()
     except OSError:
         # what is still held back must not fail again when Python ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        if stream is not sys.stderr:  # whose failure changes no outcome
-            raise
+        raise
 
 
-def _fail(option: str, problem: str) -> "NoReturn":
-    raise ValidationError([(option, problem)])
+def _say(text: str) -> None:
+    """Print a line on standard error, whose failure changes nothing."""
+    try:
+        if sys.stderr is not None and sys.stderr.isatty():
+            sys.stderr.write("\r")  # over the seconds that are shown there
+        _print(sys.stderr, _one_line(f"orq_min: {text}"))
+    except OSError:
+        pass
 
 
-def _option_name(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+class _Log(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        _say(self.format(record))
 
 
-def _option_parser() -> "argparse.ArgumentParser":
+def _add_options(parser: Any) -> None:
+    add = parser.add_argument
+    text = "the agent's key or id, and a text; '-' or none: standard input; '-' after"
+    text += " a text: standard input as a second text"
+    add("words", metavar="AGENT_KEY [MESSAGE] [-]", nargs="*", help=text)
+    text = "attach a file ('-': standard input); may be repeated"
+    add("--file", metavar="PATH|URL|-", action="append", default=[], help=text)
+    text = "answer a tool call that waits; may be repeated"
+    metavar = "CALL_ID=JSON"
+    add("--tool-result", metavar=metavar, action="append", default=[], help=text)
+    text = "a whole message ('@-', here and below: JSON from standard input)"
+    add("--message", metavar="JSON|@FILE", help=text)
+    add("--task-id", metavar="ID", help="an inactive task to continue")
+    metavar = "NAME=VALUE|JSON|@FILE"
+    text = "for the agent's templates; may be repeated; a VALUE is text"
+    add("--variables", metavar=metavar, action="append", help=text)
+    text = "for the traces; may be repeated; a VALUE is text"
+    add("--metadata", metavar=metavar, action="append", help=text)
+    metavar = "ID|JSON|@FILE"
+    add("--identity", metavar=metavar, help="on whose behalf the agent runs")
+    add("--contact", metavar=metavar, help="the same, by its older name")
+    add("--thread", metavar=metavar, help="what groups requests")
+    add("--memory", metavar=metavar, help="whose memories the agent uses")
+    text = "print the task's id, and let the agent run on"
+    add("--background", action="store_true", help=text)
+    text = "in place of a message: print the answer of a task, once it has ended"
+    add("--wait", metavar="TASK_ID", help=text)
+    add("--extra-body", metavar="JSON|@FILE", help="fields that this file lacks")
+    add("--server-url", metavar="URL", help="in place of ORQ_BASE_URL")
+    text = "for each attempt (600); with --wait, for all of the waiting (no end)"
+    add("--timeout", metavar="SECONDS", type=float, help=text)
+    either = parser.add_mutually_exclusive_group().add_argument
+    text = "try again whatever failed, for an hour: the agent may run many times"
+    either("--retry", action="store_true", help=text)
+    either("--no-retry", action="store_true", help="try once")
+    add("--json", action="store_true", help="print the whole answer, indented")
+    add("--dry-run", action="store_true", help="print the request, and send nothing")
+    text = "tell what happens; alone, print the version"
+    add("-v", "--verbose", action="store_true", help=text)
+    add("--version", action="version", version=f"orq_min {__version__}")
+
+
+def _parse(argv: List[str]) -> Any:
     import argparse
 
     class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> "NoReturn":
+        def error(self, message: str) -> NoReturn:
             _fail("usage", f"{_one_line(message)} (--help says more)")
 
     parser = Parser(
-        "orq_min.py",
-        "%(prog)s [options] AGENT_KEY [MESSAGE]",
-        "Send a message to an Orq.ai agent and print what it says.",
-        "ORQ_API_KEY is the key, ORQ_BASE_URL the server. Exit status: 0 answered,"
-        " 1 the service answered with an error, 2 wrong usage or request, nothing"
-        " sent, 3 no answer, 130 interrupted.",
+        prog="orq_min.py",
+        usage="%(prog)s [options] AGENT_KEY [MESSAGE] [-]",
+        description="Send a message to an Orq.ai agent and print what it says.",
+        epilog="ORQ_API_KEY is the key, ORQ_BASE_URL the server. Exit status: 0"
+        " answered, 1 an error of the service or a run that failed, 2 wrong usage or"
+        " request, nothing sent, 3 no answer, 130 interrupted.",
         allow_abbrev=False,
     )
-    add = parser.add_argument
-    about = "the agent's key or id, and a text; '-' or none: standard input"
-    add("words", metavar="AGENT_KEY [MESSAGE]", nargs="*", help=about)
-    add("--file", metavar="PATH|URL", action="append", help="attach it")
-    about = "answer a tool call"
-    add("--tool-result", metavar="CALL_ID=JSON", action="append", help=about)
-    for name, (item, shape) in _json_fields(_Call).items():
-        option, about = _option_name(name), item.metadata["about"]
-        if shape.plain is bool:
-            add(option, action="store_true", help=about)
-        elif shape.plain is str:
-            add(option, metavar="ID", help=about)
-        elif name == "message":
-            add(option, metavar="JSON|@FILE", help="a whole message")
-        elif shape.models:
-            add(option, metavar="ID|JSON|@FILE", help=about)
-        else:
-            add(option, metavar="NAME=VALUE|JSON|@FILE", action="append", help=about)
-    add("--extra-body", metavar="JSON|@FILE", help="fields that this file lacks")
-    add("--server-url", metavar="URL", help="instead of ORQ_BASE_URL")
-    add("--timeout", metavar="SECONDS", type=float, help="for an attempt (600)")
-    group = parser.add_mutually_exclusive_group()
-    again = "try whatever failed again, even if the agent runs twice"
-    group.add_argument("--retry", action="store_true", help=again)
-    group.add_argument("--no-retry", action="store_true", help="try once")
-    add("--json", action="store_true", help="print the whole answer")
-    add("--dry-run", action="store_true", help="print the request, send nothing")
-    about = "tell what happens; alone, the version"
-    add("-v", "--verbose", action="store_true", help=about)
-    add("--version", action="version", version=f"orq_min {__version__}")
-    return parser
+    _add_options(parser)
+    # what follows "--" is text; Python 3.13 changed what argparse makes of it
+    end = argv.index("--") if "--" in argv else len(argv)
+    options, unknown = parser.parse_known_intermixed_args(argv[:end])
+    if unknown:
+        known = re.findall("--[a-z-]+", parser.format_help())
+        option = unknown[0].partition("=")[0]
+        close = _closest(option, known)
+        parser.error(f"unknown option {option}{close and f', did you mean {close}?'}")
+    words = [_recode(word) for word in options.words + argv[end + 1 :]]
+    if not words and argv not in (["-v"], ["--verbose"]):
+        parser.error("AGENT_KEY is missing: give the agent's key, and then a message")
+    if len(words) > 3 or (len(words) == 3 and words[2] != "-"):
+        parser.error("one MESSAGE is wanted, in quotes; only '-' may follow it")
+    options.agent_key = words[0] if words else None
+    options.text = words[1] if len(words) > 1 else None
+    options.second = len(words) == 3
+    return options
 
 
 def _recode(word: str) -> str:
@@ -1737,191 +2462,364 @@ def _recode(word: str) -> str:
     return word
 
 
+class _Stdin:
+    """Standard input, which can be read once."""
+
+    EMPTY = "standard input is empty: give a text, or pipe one in (--help says more)"
+
+    def __init__(self) -> None:
+        self._reader = ""  # what has read it
+
+    def read(self, reader: str) -> bytes:
+        """All of it. It is refused if it is empty, as an empty diff costs a run too."""
+        if self._reader:
+            both = f"{self._reader} and {reader}"
+            _fail("usage", f"standard input can be read once, not for {both}")
+        self._reader = reader
+        if sys.stdin is None or sys.stdin.isatty():
+            _fail(reader, "is missing: give a text, or pipe one in (--help says more)")
+        try:
+            content = getattr(sys.stdin, "buffer", sys.stdin).read()
+        except OSError as error:
+            _fail(reader, f"cannot read standard input: {error.strerror}")
+        content = content.encode() if isinstance(content, str) else content
+        if not content.strip():
+            _fail(reader, self.EMPTY)
+        return cast(bytes, content)
+
+    def read_text(self, reader: str) -> str:
+        text = _to_text(self.read(reader), "standard input")
+        if not text.strip():
+            _fail(reader, self.EMPTY)
+        return re.sub(r"\r?\n\Z", "", text)
+
+
+def _to_text(content: bytes, source: str) -> str:
+    """Text in UTF-8, or in UTF-16 as PowerShell writes it."""
+    is_utf_16 = content[:2] in (b"\xff\xfe", b"\xfe\xff")
+    try:
+        return content.decode("utf-16" if is_utf_16 else "utf-8-sig")
+    except UnicodeDecodeError:
+        _fail(source, "is not text in UTF-8")
+
+
 _JSON_OR_FILE = r"@|\s*[{[]"  # how an option begins that is not just a word
 
 
-def _json_option(option: str, text: str) -> Any:
+def _json_option(option: str, text: Optional[str], stdin: _Stdin) -> Any:
     """JSON text, or what @FILE holds."""
+    if text is None:
+        return None
+    source = ""
+    if text == "@-":
+        source, content = "standard input ", stdin.read_text(option)
+    elif text.startswith("@"):
+        source = f"{text[1:]!r} "
+        content = _to_text(_read_file(option, text[1:]), f"{option}: {text[1:]!r}")
+    else:
+        content = _recode(text)
     try:
-        if text.startswith("@"):
-            with open(text[1:], encoding="utf-8-sig") as stream:
-                return json.loads(stream.read())
-        return json.loads(_recode(text))
-    except OSError as error:
-        _fail(option, f"cannot read {text[1:]!r}: {error.strerror}")
+        return json.loads(content)
     except (ValueError, RecursionError) as error:
-        _fail(option, f"is not JSON: {error}")
+        _fail(option, f"{source}is not JSON: {error}")
 
 
-def _read_option(name: str, given: Any) -> Any:
-    """What an option that stands for a field of the body says."""
-    option, shape = _option_name(name), _json_fields(_Call)[name][1]
-    if shape.models and re.match(_JSON_OR_FILE, given):
-        return _json_option(option, given)
-    if shape.models:  # a word is the id, the first field of each
-        return {next(iter(_json_fields(shape.models[0]))): _recode(given)}
-    if not isinstance(given, list):
-        return _recode(given) if isinstance(given, str) else given
+def _read_file(option: str, path: str) -> bytes:
+    try:
+        with open(path, "rb") as stream:
+            return stream.read()
+    except OSError as error:
+        _fail(option, f"cannot read {path!r}: {error.strerror}")
+
+
+def _id_option(option: str, text: Optional[str], name: str, stdin: _Stdin) -> Any:
+    """An object; a word is its id."""
+    if text is None or re.match(_JSON_OR_FILE, text):
+        return _json_option(option, text, stdin)
+    if not text:
+        _fail(option, "is empty")
+    return {name: _recode(text)}
+
+
+def _pairs_option(option: str, texts: Optional[List[str]], stdin: _Stdin) -> Any:
+    """What all that was given for the option holds together."""
+    if texts is None:
+        return None
     merged: Dict[str, Any] = {}
-    for text in given:
-        key, equals, value = _recode(text).partition("=")
+    for text in texts:
+        name, equals, value = _recode(text).partition("=")
         is_pair = equals and not re.match(_JSON_OR_FILE, text)
-        pairs = {key: value} if is_pair else _json_option(option, text)
+        pairs = {name: value} if is_pair else _json_option(option, text, stdin)
         if not isinstance(pairs, dict):
             _fail(option, "must be an object")
-        for key in pairs:
-            if key in merged:
-                _fail(option, f"{key!r} is given twice")
+        for name in pairs:
+            if name in merged:
+                _fail(option, f"{name!r} is given twice")
         merged.update(pairs)
     return merged
 
 
-def _tool_result(text: str) -> ToolResultPart:
-    # an id may end in "=" (base64), with which no JSON begins
-    match = re.match(r'(.+?)=\s*([@[{"0-9-]|true|false|null)', text, re.DOTALL)
-    if not match:
+def _tool_result(text: str, stdin: _Stdin) -> ToolResultPart:
+    call_id, _, result = text.partition("=")
+    while result.startswith("="):  # an id may end so (base64), and no JSON begins so
+        call_id, result = f"{call_id}=", result[1:]
+    if not call_id:
         _fail("--tool-result", f"{text!r} is not CALL_ID=JSON")
-    result = _json_option("--tool-result", text[match.start(2) :])
-    return ToolResultPart(_recode(match[1]), result)
+    content = _json_option("--tool-result", result, stdin)
+    return ToolResultPart(_recode(call_id), content)
 
 
-def _read_stdin() -> str:
-    if sys.stdin is None or sys.stdin.isatty():
-        _fail("MESSAGE", "required (--help says more)")
-    try:
-        data = getattr(sys.stdin, "buffer", sys.stdin).read()
-        text = data if isinstance(data, str) else data.decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        _fail("standard input", f"cannot be read as UTF-8 text: {error}")
-    return re.sub(r"\r?\n\Z", "", text)
+def _attachment(place: str, stdin: _Stdin) -> FilePart:
+    if place == "-":
+        return FilePart.from_bytes(stdin.read("--file"), "stdin")
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", place):
+        return FilePart.from_uri(place)
+    content = _read_file("--file", place)
+    if not content:
+        _fail("--file", f"{place!r} is empty")
+    return FilePart.from_bytes(content, os.path.basename(place))
 
 
-def _read_message(options: Any) -> Any:
+def _read_message(options: Any, stdin: _Stdin) -> Any:
     """What MESSAGE, --message, --file, --tool-result and standard input say."""
-    text, files, results = options.text, options.file or [], options.tool_result or []
-    plain = text is not None or bool(files)
-    if plain + bool(results) + (options.message is not None) > 1:
+    is_whole, is_tool = options.message is not None, options.tool_result != []
+    is_user = options.text is not None or options.file != []
+    if is_whole + is_tool + is_user > 1:
         _fail("usage", "give one: --message, --tool-result, or MESSAGE and --file")
-    if options.message is not None:
-        return _json_option("--message", options.message)
-    if results:
-        return A2AMessage("tool", [_tool_result(text) for text in results])
-    if text == "-" or not plain:
-        text = _read_stdin()
-    parts: List[Any] = [TextPart(text)] if text and text.strip() else []
-    for place in files:
-        is_url = re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", place)
-        try:
-            parts.append((FilePart.from_uri if is_url else FilePart.from_path)(place))
-        except OSError as error:
-            _fail("--file", f"cannot read {place!r}: {error.strerror}")
-    if not parts:
+    if is_whole:
+        return _json_option("--message", options.message, stdin)
+    if is_tool:
+        results = [_tool_result(given, stdin) for given in options.tool_result]
+        return A2AMessage("tool", results)
+    texts = [] if options.text is None else [options.text]
+    if texts == ["-"] or not is_user:
+        texts = [stdin.read_text("MESSAGE")]
+    if options.second:
+        texts.append(stdin.read_text("the second text"))
+    if "" in map(str.strip, texts):
         _fail("MESSAGE", "must not be empty (--help says more)")
-    return A2AMessage("user", parts)
+    files = [_attachment(place, stdin) for place in options.file]
+    return A2AMessage("user", [*map(TextPart, texts), *files])
 
 
-def _print_answer(answer: ResponseBody, options: Any) -> None:
-    import shlex
+def _read_call(options: Any) -> Dict[str, Any]:
+    """The parameters of `create` that the options stand for."""
+    stdin = _Stdin()
+    if options.task_id == "":
+        _fail("--task-id", "is empty: give the task_id of an earlier answer")
+    retries = RetryConfig(retry_connection_errors=True) if options.retry else UNSET
+    return {
+        "agent_key": options.agent_key,
+        "message": _read_message(options, stdin),
+        "task_id": None if options.task_id is None else _recode(options.task_id),
+        "variables": _pairs_option("--variables", options.variables, stdin),
+        "identity": _id_option("--identity", options.identity, "id", stdin),
+        "contact": _id_option("--contact", options.contact, "id", stdin),
+        "thread": _id_option("--thread", options.thread, "id", stdin),
+        "memory": _id_option("--memory", options.memory, "entity_id", stdin),
+        "metadata": _pairs_option("--metadata", options.metadata, stdin),
+        "background": options.background,
+        "extra_body": _json_option("--extra-body", options.extra_body, stdin),
+        "retries": None if options.no_retry else retries,
+        "server_url": options.server_url,
+        "timeout_ms": None if options.timeout is None else options.timeout * 1000,
+    }
 
+
+def _check_wait(options: Any) -> None:
+    """Refuse what says something about a message beside --wait."""
+    if options.wait == "":
+        _fail("--wait", "is empty: give the task's id, which --background prints")
+    others = "text file tool_result message task_id variables metadata identity contact"
+    others += " thread memory background extra_body retry no_retry dry_run"
+    for name in others.split():
+        if getattr(options, name) not in (None, [], False):
+            option = f"--{name.replace('_', '-')}" if name != "text" else "MESSAGE"
+            _fail("usage", f"{option} does not go with --wait")
+    if options.timeout is not None and not 0 < options.timeout <= MAX_WAIT_MS / 1000:
+        _fail("--timeout", "must be a number of seconds above 0")
+
+
+def _wait_for(responses: Responses, options: Any) -> CreateAgentResponseResponseBody:
+    """The answer of a task, asked for until it has ended."""
+    limit = float("inf") if options.timeout is None else options.timeout
+    elapsed, failure = 0.0, ""
+    while elapsed < limit:
+        started, last_failure = _now(), failure
+        answer, failure, asked = _ask(responses, options, min(30.0, limit - elapsed))
+        if answer is not None:
+            return answer
+        if failure and not last_failure:
+            _log.warning("asking again, after %s", failure)
+        elapsed += _now() - started
+        pause = max(1.0 if elapsed < 30 else 5.0, asked)
+        pause = max(0.0, min(pause, limit - elapsed))
+        time.sleep(pause)
+        elapsed += pause
+    text = f"task {options.wait} has not ended within {limit:g} s {failure}"
+    raise APITimeoutError(text.rstrip())
+
+
+def _ask(
+    responses: Responses, options: Any, seconds: float
+) -> Tuple[Optional[CreateAgentResponseResponseBody], str, float]:
+    """(the answer, or None if there is none yet; why; seconds to wait at least)."""
+    try:
+        answer = responses.get(
+            agent_key=options.agent_key,
+            task_id=_recode(options.wait),
+            retries=None,
+            server_url=options.server_url,
+            timeout_ms=1000 * seconds,
+        )
+    except APIConnectionError as error:
+        if not error.temporary:
+            raise
+        return None, f"({error})", 0
+    except APIError as error:
+        if error.status_code not in (429, 502, 503, 504):
+            raise
+        return None, f"({error})", min(_asked_wait(error.headers) or 0, 60)
+    runs_on = answer.status in ("in_progress", "submitted", "working")
+    return (None if runs_on else answer), "", 0
+
+
+def _print_answer(answer: CreateAgentResponseResponseBody, options: Any) -> int:
+    """Print an answer, and what there is to say of it; return the exit status."""
     text = str(answer.task_id or "") if options.background else answer.text
     if options.json:
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-        is_unicode = encoding.lower().startswith("utf")
-        style: Dict[str, Any] = {"ensure_ascii": not is_unicode}
+        ensure_ascii = not encoding.lower().startswith("utf")
         try:
-            text = json.dumps(answer.raw, indent=2, **style)
+            text = json.dumps(answer.raw, indent=2, ensure_ascii=ensure_ascii)
         except RecursionError:  # Python 3.12 reads deeper than it indents
-            text = json.dumps(answer.raw, **style)
-    if text:
-        _print(sys.stdout, text)
+            text = json.dumps(answer.raw, ensure_ascii=ensure_ascii)
+    status = 1 if answer.error else 0
+    try:
+        if text:
+            _print(sys.stdout, text)
+    except BrokenPipeError:
+        pass  # `| head -1` has seen enough
+    except OSError as error:
+        lost = f"the answer of task {answer.task_id}"  # which --wait may still fetch
+        _say(f"cannot print {lost}: {error.strerror}")
+        status = 1
+    for line in _notes(answer, options):
+        _say(line)
+    return status
+
+
+def _notes(answer: CreateAgentResponseResponseBody, options: Any) -> Iterator[str]:
+    """What standard error says beside an answer."""
+    if answer.error:
+        yield f"the run failed: {answer.error}"
+    if answer.finish_reason in _CUT:
+        yield f"the answer was cut (finish_reason: {answer.finish_reason})"
+    yield from _next_steps(answer, options.background)
+    is_told = answer.text or answer.error or answer.pending_tool_calls
+    if not (is_told or options.json or options.background):
+        yield "the answer has no text (--json shows all of it)"
+
+
+def _next_steps(
+    answer: CreateAgentResponseResponseBody, background: bool
+) -> Iterator[str]:
+    """The options that answer the tool calls that wait, or go on with the task."""
+    import shlex
+
     task_id = answer.task_id if isinstance(answer.task_id, str) else ""
     task = f"--task-id={shlex.quote(task_id)}" if task_id else ""
-    for call in _items(answer.pending_tool_calls, PendingToolCalls):
+    for call in _all_of(PendingToolCalls, answer.pending_tool_calls):
         function = call.function if isinstance(call.function, Function) else Function()
-        reply = f"{task} --tool-result={shlex.quote(f'{call.id}=JSON')}"
-        line = f"{function.name}({function.arguments}) waits for its result: {reply}"
-        if isinstance(call.id, str):
-            _print(sys.stderr, _one_line(f"orq_min: {line}"))
+        asked = f"{function.name}({function.arguments})"
+        reply = f"--tool-result={shlex.quote(f'{call.id}=JSON')}"
+        yield f"{asked} waits for its result: {task} {reply}"
     if task and sys.stderr is not None and sys.stderr.isatty():
-        _print(sys.stderr, _one_line(f"orq_min: continue with {task}"))
+        fetch = f"fetch its answer with --wait={shlex.quote(task_id)}"
+        yield fetch if background else f"continue with {task}"
 
 
-def _tick(done: threading.Event) -> None:
-    """Show the seconds that pass, if a terminal is there."""
+# The finish_reason of an answer that a limit cut.
+_CUT = ("length", "max_iterations", "max_time", "content_filter")
+
+
+def _show_seconds(done: threading.Event) -> None:
+    """Show the seconds that pass, if a terminal is there, and then nothing of them."""
     if sys.stderr is None or not sys.stderr.isatty():
         return
-    started = time.monotonic()
-    while not done.wait(1):
-        sys.stderr.write(f"\r{time.monotonic() - started:.0f} s ")
+    started, shown = _now(), ""
+    try:
+        while not done.wait(1):
+            shown = f"{_now() - started:.0f} s"
+            sys.stderr.write(f"\r{shown}")
+            sys.stderr.flush()
+        sys.stderr.write(f"\r{' ' * len(shown)}\r" if shown else "")
         sys.stderr.flush()
-    sys.stderr.write("\r")
+    except OSError:
+        pass
 
 
-def _parse(argv: List[str]) -> Any:
-    parser = _option_parser()
-    end = argv.index("--") if "--" in argv else len(argv)  # what follows is text
-    options = parser.parse_intermixed_args(argv[:end])
-    words = [_recode(word) for word in options.words + argv[end + 1 :]]
-    if len(words) > 2 or not (words or options.verbose):
-        parser.error("AGENT_KEY and at most one MESSAGE are wanted")
-    options.agent_key, options.text = (*words, None, None)[:2]
-    return options
-
-
-def _run_command(argv: List[str]) -> None:
-    options = _parse(argv)
-    _log.setLevel(logging.DEBUG if options.verbose else logging.INFO)
+def _run_command(options: Any) -> int:
     if options.agent_key is None:
-        return _print(sys.stdout, f"orq_min {__version__}")
-    call = {"agent_key": options.agent_key, "message": _read_message(options)}
-    for name in list(_json_fields(_Call))[1:]:
-        given = getattr(options, name)
-        call[name] = None if given is None else _read_option(name, given)
-    if options.extra_body is not None:
-        call["extra_body"] = _json_option("--extra-body", options.extra_body)
-    if options.timeout is not None:
-        call["timeout_ms"] = options.timeout * 1000
-    if options.retry or options.no_retry:
-        call["retries"] = RetryConfig() if options.retry else None
-    with Orq("***" if options.dry_run else None, server_url=options.server_url) as orq:
+        _print(sys.stdout, f"orq_min {__version__}")
+        return 0
+    if options.wait is not None:
+        _check_wait(options)
+    call = _read_call(options) if options.wait is None else {}
+    with Orq("***" if options.dry_run else None) as orq:
+        responses = orq.agents.responses
         if options.dry_run:
-            prepared = orq.agents.responses.prepare(**call)
-            lines = [f"{prepared.method} {prepared.url}"]
-            lines += [f"{name}: {value}" for name, value in prepared.headers.items()]
-            return _print(sys.stdout, "\n".join([*lines, "", prepared.body.decode()]))
-        done = threading.Event()
-        clock = threading.Thread(target=_tick, args=(done,), daemon=True)
+            request = responses._prepare(**call)
+            lines = [f"{request.method} {request.url}"]
+            lines += [f"Authorization: {request.authorization.value}"]
+            lines += [f"{name}: {value}" for name, value in request.headers.items()]
+            _print(sys.stdout, "\n".join([*lines, "", request.body.decode()]))
+            return 0
+        done, is_wait = threading.Event(), options.wait is not None
+        clock = threading.Thread(target=_show_seconds, args=(done,), daemon=True)
         clock.start()
         try:
-            answer = orq.agents.responses.create(**call)
+            answer = (
+                _wait_for(responses, options) if is_wait else responses.create(**call)
+            )
+        except KeyboardInterrupt:
+            if not is_wait:
+                _say("interrupted; the agent may run on")
+            raise
         finally:
             done.set()
             clock.join()
-    _print_answer(answer, options)
+    return _print_answer(answer, options)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the command line; return its exit status."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("orq_min: %(message)s"))
-    _log.addHandler(handler)
+    log_handler, level = _Log(), _log.level
+    _log.addHandler(log_handler)
     try:
-        _run_command(list(sys.argv[1:] if argv is None else argv))
-        return 0
+        options = _parse(list(sys.argv[1:] if argv is None else argv))
+        _log.setLevel(logging.DEBUG if options.verbose else logging.INFO)
+        return _run_command(options)
     except OrqError as error:
-        _print(sys.stderr, f"orq_min: {error}")
-        return {ValidationError: 2, APIError: 1}.get(type(error), 3)
-    except OSError as error:  # of standard output
-        if isinstance(error, BrokenPipeError):  # `| head -1` has seen enough
-            return 0
-        _print(sys.stderr, f"orq_min: cannot print the answer: {error.strerror}")
+        _say(str(error))
+        if isinstance(error, ValidationError):
+            return 2
+        return 1 if isinstance(error, APIError) else 3
+    except BrokenPipeError:  # of standard output
+        return 0
+    except OSError as error:
+        _say(f"cannot print: {error.strerror}")
         return 1
     except KeyboardInterrupt:
         return 130
     finally:
-        _log.removeHandler(handler)
-        _log.setLevel(logging.NOTSET)
+        _log.removeHandler(log_handler)
+        _log.setLevel(level)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if status == 130 and os.name == "posix":  # die of it, which ends a loop around it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    sys.exit(status)
