@@ -207,12 +207,14 @@ class _Readable:
         return iter(self.keys())
 
     def __contains__(self, name: object) -> bool:
-        return _json_name(type(self), name) in self.keys()
+        keys = self.keys()
+        return name in keys or _json_name(type(self), name) in keys
 
     def __getitem__(self, name: str) -> Any:
         model: Any = type(self)
-        json_name, known = _json_name(model, name), _json_fields(model)
-        if json_name not in self.keys():
+        keys, known = self.keys(), _json_fields(model)
+        json_name = name if name in keys else _json_name(model, name)
+        if json_name not in keys:
             raise KeyError(name)
         if json_name in known:
             return getattr(self, known[json_name].python_name)
@@ -443,7 +445,7 @@ class UnknownPart(_Readable):
         return isinstance(other, UnknownPart) and vars(self) == vars(other)
 
     def __repr__(self) -> str:
-        return f"UnknownPart({self._received if self._received is not None else self.kind!r})"
+        return f"UnknownPart({self._received or self.kind!r})"
 
 
 if TYPE_CHECKING:
@@ -1359,7 +1361,7 @@ class _Answer(http.client.HTTPResponse):
             self._collect(gzip.GzipFile(fileobj=io.BytesIO(packed)).read1)
         except (OSError, EOFError, ValueError, zlib.error) as error:
             self.content = self.content or packed
-            raise http.client.HTTPException(f"damaged gzip: {error}") from None
+            raise http.client.IncompleteRead(b"") from error
 
     def is_framed(self) -> bool:
         """Whether its end is beyond doubt, so another may follow (RFC 9112, 6.3)."""
@@ -1660,7 +1662,7 @@ def _explain(error: Exception, attempt: _Attempt) -> Tuple[str, bool]:
     if isinstance(error, http.client.RemoteDisconnected):
         return "the connection was closed without an answer", True
     if isinstance(error, http.client.IncompleteRead):
-        return "the answer broke off", True
+        return "the answer broke off, or is damaged", True
     if isinstance(error, http.client.HTTPException):  # which may quote the server
         return f"what came is no HTTP answer ({type(error).__name__})", True
     return getattr(error, "strerror", None) or str(error), True
@@ -1855,7 +1857,7 @@ def _error_words(data: Any, status: int) -> Tuple[str, str]:
     outer = data if isinstance(data, dict) else {}
     error = outer.get("error")
     inner = error if isinstance(error, dict) else {}
-    message = outer.get("message") or inner.get("message") or error
+    message = outer.get("message") or (inner.get("message") if inner else error)
     words = _words(message) if message else ""
     beside = {**outer, **inner}
     if inner and "error" not in inner:
@@ -2809,6 +2811,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return 0
     except OSError as error:
         _say(f"cannot print: {error.strerror}")
+        return 1
+    except RecursionError:  # PyPy reads deeper than it writes
+        _say("cannot print: the answer is nested too deeply")
         return 1
     except KeyboardInterrupt:
         return 130

@@ -1286,6 +1286,8 @@ class OneFile(LoopbackTest):
         self.assertIs(get.pop(1).default, inspect.Parameter.empty)
         self.assertLessEqual(set(get), set(create))
         names = "api_key server_url timeout_ms retry_config ssl_context"
+        public = {name for name in vars(responses) if name[0] != "_"}
+        self.assertEqual(public, {"create", "create_async", "get", "get_async"})
         options = parameters(orq_min.Orq, names)
         self.assertEqual(options[1:], named(options[1:]))
         self.assertEqual({p.default for p in options[:3]}, {None})
@@ -1362,9 +1364,7 @@ class PortedPrograms(LoopbackTest):
         res = self.create(message=orq_min.A2AMessage(role="user", parts=[part]))
         ((said,),) = [m.parts for m in res.output if m.role == "agent"]
         self.assertIsInstance(said, orq_min.TextPart)
-        self.assertEqual(
-            (said.text, getattr(said, "kind")), ("You said: Hello", "text")
-        )
+        self.assertEqual((said.text, said.kind), ("You said: Hello", "text"))
         self.assertEqual((res.usage.total_tokens, res.finish_reason), (4, "stop"))
         self.assertIsNone(res.pending_tool_calls)
 
@@ -1390,25 +1390,47 @@ class PortedPrograms(LoopbackTest):
             return asyncio.run(asyncio.wait_for(coroutine, 9))
 
         given = {"agent_key": "my-agent", "message": "hi"}
-        res = call(identity={"id": "i"}, **given)
-        self.assertEqual(res.text, "You said: hi")
-        self.assertEqual(self.service.requests[0].json()["identity"], {"id": "i"})
+        self.assertEqual(call(**given).text, "You said: hi")
         self.assertRaises(orq_min.ValidationError, call, task_id=5, **given)
         self.assertRaises(orq_min.APIError, call, task_id="unknown", **given)
         self.assertRaises(TypeError, call, taskid="x", **given)
         without_keys = client(self.service, api_key=iter(()).__next__)
         self.assertRaises(RuntimeError, call, without_keys, **given)
 
-    def test_server_timeout_and_headers_can_be_given_for_one_call(self):
-        other = self.enter(StandIn(key=self.service.key))
-        self.create(server_url=other.url + "/some/prefix/", http_headers={"X-T": "7"})
-        (request,) = other.requests
-        self.assertEqual(request.path, "/some/prefix/v2/agents/my-agent/responses")
-        self.assertEqual(request.header("x-t"), ["7"])
-        self.service.next(Connection.hang)
-        self.failure(self.orq, orq_min.APITimeoutError, timeout_ms=200)
-        self.assertEqual(self.call(self.orq), "You said: hi")
-        self.assertEqual(self.service.requests[1].header("x-t"), [])
+    def test_each_way_to_call_passes_every_parameter_on(self):
+        responses, server = self.orq.agents.responses, self.server(reply("hi"))
+        task = {"agent_key": "a", "task_id": "t"}
+        body = {"variables": {"v": 1}, "identity": {"id": "i"}, "thread": {"id": "t"}}
+        body.update(memory={"entity_id": "e"}, metadata={"m": 1}, background=True)
+        whole = dict(body, message="hi", extra_body={"x": 1}, **task)
+        quick = functools.partial(orq_min.create_response, api_key="k")
+
+        def in_loop(coroutine_function):
+            return lambda **given: asyncio.run(coroutine_function(**given))
+
+        for call, given in (
+            (responses.create, whole),
+            (in_loop(responses.create_async), whole),
+            (quick, whole),
+            (responses.get, task),
+            (in_loop(responses.get_async), task),
+        ):
+            given = dict(given, server_url=server.url + "/p/")
+            self.assertEqual(call(http_headers={"X-T": "7"}, **given).text, "hi")
+            request = server.requests[-1]
+            self.assertTrue(request.path.startswith("/p/v2/agents/a/responses"))
+            self.assertEqual(request.header("x-t"), ["7"])
+            if request.method == "POST":
+                wanted = dict(
+                    body, x=1, task_id="t", message=from_user(text_part("hi"))
+                )
+                self.assertEqual(request.json(), wanted)
+                call(**dict(given, identity=None, contact={"id": "c"}))
+                self.assertEqual(server.requests[-1].json()["contact"], {"id": "c"})
+            server.next({"status": 429}, Connection.hang)
+            given["retries"] = None
+            self.assertRaises(orq_min.APIError, call, **given)
+            self.assertRaises(orq_min.APITimeoutError, call, timeout_ms=200, **given)
 
     def test_the_key_and_the_server_come_from_the_environment(self):
         os.environ["ORQ_API_KEY"] = self.service.key + "\n"
@@ -1496,8 +1518,6 @@ def place(content):
 
 UTC = datetime.timezone.utc
 EAST = datetime.timezone(datetime.timedelta(hours=2))
-IDENTIFIER = "12345678-1234-5678-1234-567812345678"
-SHARED = [1]
 
 # Free-form values, and what the service gets
 CONVERSIONS = [
@@ -1509,13 +1529,13 @@ CONVERSIONS = [
     (datetime.date(2025, 1, 2), "2025-01-02"),
     (datetime.time(3, 4, 5), "03:04:05"),
     (decimal.Decimal("1.10"), "1.10"),
-    (uuid.UUID(IDENTIFIER), IDENTIFIER),
+    (uuid.UUID(int=5), "00000000-0000-0000-0000-000000000005"),
     ([Color.RED, Level.HIGH], ["red", 3]),
     ({Color.RED: 1, Level.HIGH: 2, 7: 3}, {"red": 1, "3": 2, "7": 3}),
     ([{5}, frozenset(["a"])], [[5], ["a"]]),
     ((1, (2, 3)), [1, [2, 3]]),
     ([collections.deque([1]), range(2)], [[1], [0, 1]]),
-    ([SHARED, SHARED], [[1], [1]]),
+    ([[1]] * 2, [[1], [1]]),
     (Point(1, [Point(2)]), {"x": 1, "y": [{"x": 2, "y": None}]}),
     (types.MappingProxyType({"a": {}}), {"a": {}}),
     (10**300, 10**300),
@@ -1525,12 +1545,8 @@ CONVERSIONS = [
 ]
 
 
-def circle():
-    value = {}
-    value["me"] = [value]
-    return value
-
-
+CIRCLE = {}
+CIRCLE["me"] = [CIRCLE]
 NO_DATE = odd("pandas", "NaTType", datetime.datetime, __eq__=lambda *_: False)
 ITSELF = odd("pydantic", "Model", model_dump=lambda self: self)
 
@@ -1568,7 +1584,7 @@ REFUSALS_WITHIN = [
     ({"two words": b""}, "['two words']"),
     (Point(1, b""), ".y"),
     (dumped({"a": b""}), ".a"),
-    (circle(), ".me[0]"),
+    (CIRCLE, ".me[0]"),
 ]
 
 MIME_TYPES = """
@@ -1579,6 +1595,10 @@ MIME_TYPES = """
     png image/png jpg image/jpeg jpeg image/jpeg gif image/gif webp image/webp
     svg image/svg+xml mp3 audio/mpeg wav audio/wav mp4 video/mp4 odd of/machine
 """.replace("{}", "application/vnd.openxmlformats-officedocument.").split()
+
+
+def text_part(text, **more):
+    return dict({"kind": "text", "text": text}, **more)
 
 
 def from_user(*parts, **more):
@@ -1593,8 +1613,7 @@ class Outgoing(LoopbackTest):
         return self.service.requests[-1].json()
 
     def test_the_default_request(self):
-        text = {"kind": "text", "text": "hi"}
-        wanted = {"message": from_user(text), "background": False}
+        wanted = {"message": from_user(text_part("hi")), "background": False}
         self.assertEqual(self.sent(), wanted)
         (request,) = self.service.requests
         for name, value in {
@@ -1611,7 +1630,7 @@ class Outgoing(LoopbackTest):
         uri = {"uri": "https://x/a.pdf", "mimeType": "application/pdf", "name": "b"}
         person = {"id": "c", "display_name": "Ada", "email": "a@b", "tags": ["t"]}
         person.update(logo_url="https://x/y", metadata=[{"k": None}])
-        parts = [{"kind": "text", "text": "look"}]
+        parts = [text_part("look")]
         parts.append({"kind": "file", "file": file, "metadata": {"a": 1}})
         parts.append({"kind": "file", "file": uri})
         expected = {
@@ -1658,7 +1677,7 @@ class Outgoing(LoopbackTest):
         for given in (person, orq_min.Contact("c", email=None)):
             self.assertEqual(self.sent(contact=given)["contact"], {"id": "c"})
         part = {"kind": "file", "file": {"bytes": None, "bytes_": "eA=="}}
-        message = from_user(part, messageId=None, message_id="x")
+        message = from_user(part, messageId="x", message_id=None)
         wanted = from_user({"kind": "file", "file": {"bytes": "eA=="}}, messageId="x")
         self.assertEqual(self.sent(message=message)["message"], wanted)
 
@@ -1832,12 +1851,11 @@ class Refused(RefusalTest):
         wrong.update(http_headers={"Host": "x"}, extra_body={"message": 1}, retries=5)
         wrong["contact"] = {"id": "c", "display_nmae": "Ada"}
         wrong["variables"] = {"when": [1, 2, float("nan")]}
+        wrong["message"] = from_user({})
         with orq_min.Orq("") as orq:
-            found = self.refused(
-                orq.agents.responses.create, message=from_user({}), **wrong
-            )
+            found = self.refused(orq.agents.responses.create, **wrong)
         paths = {path.partition(".")[0] for path in found}
-        self.assertEqual(paths, set(wrong) | {"message", "api_key"})
+        self.assertEqual(paths, {*wrong, "api_key"})
         for path, problem in (
             ("message.parts[0].kind", "required"),
             ("contact.display_nmae", "unknown field (did you mean 'display_name'?)"),
@@ -1859,6 +1877,8 @@ class Refused(RefusalTest):
                         with self.subTest(parameter=name, value=str(value)[:99]):
                             found = self.refused(call, **{name: value})
                             self.assertEqual(set(found), paths)
+        found = self.refused(self.create, thread=[])["thread"]
+        self.assertRegex(found, "CreateAgentResponseThread.* an object.*, not list")
         both = self.refused(self.create, identity={"id": "a"}, contact={"id": "a"})
         self.assertEqual(list(both), ["identity"])
 
@@ -1917,22 +1937,19 @@ class Refused(RefusalTest):
 # ----------------------------------------------------------------------------
 
 
-def text_part(text, **more):
-    return dict({"kind": "text", "text": text}, **more)
-
-
 def from_agent(*parts, **more):
     return dict({"role": "agent", "parts": list(parts)}, **more)
 
 
+MORE = {"metadata": {"k": 1}}
 OOPS = {"kind": "error", "error": "oops", "code": 7}
 CALL = {"kind": "tool_call", "tool_name": "f", "tool_call_id": "c", "arguments": {}}
 PARTS_OF_ALL_KINDS = [
     text_part("B"),
-    CALL,
+    dict(CALL, **MORE),
     OOPS,
-    {"kind": "tool_result", "tool_call_id": "c", "result": [1]},
-    {"kind": "file", "file": {"bytes": "aGk=", "mimeType": "a/b"}},
+    {"kind": "tool_result", "tool_call_id": "c", "result": [1], **MORE},
+    {"kind": "file", "file": {"bytes": "aGk=", "mimeType": "a/b"}, **MORE},
     {"kind": "file", "file": {"uri": "https://x", "name": "n"}},
     {"kind": "reasoning", "text": "hm", "_own": 1, "keys": 2},
     text_part("C", brand_new=5),
@@ -1944,8 +1961,8 @@ PUBLISHED = {
     "output": [
         {"messageId": "m0", "role": "user", "parts": [text_part("?")]},
         from_agent(text_part("A"), messageId="m1"),
-        from_agent({"kind": "data", "data": {"a": 1}}),
-        from_agent(*PARTS_OF_ALL_KINDS, metadata={"k": 1}),
+        from_agent({"kind": "data", "data": {"a": 1}, **MORE}),
+        from_agent(*PARTS_OF_ALL_KINDS, **MORE),
         {"role": "tool", "parts": [text_part("never")]},
         {"parts": [text_part("D")]},
     ],
@@ -1954,7 +1971,7 @@ PUBLISHED = {
     "usage": {
         "completion_tokens": 1,
         "total_tokens": 3,
-        "prompt_tokens_details": {"cached_tokens": 1, "cache_creation_tokens": 2},
+        "prompt_tokens_details": {"audio_tokens": 0, "cache_creation_tokens": 2},
         "completion_tokens_details": {"reasoning_tokens": 1, "audio_tokens": 0},
     },
     "finish_reason": "stop",
@@ -2008,18 +2025,17 @@ class Incoming(LoopbackTest):
         for name in "task_id created_at model finish_reason status".split():
             self.assertEqual(getattr(res, name), PUBLISHED[name])
         self.assertEqual((res.id, res.text), ("r1", "A\nBC\nD"))
-        self.assertEqual(
-            (res.output[1].message_id, res.output[1].role), ("m1", "agent")
-        )
-        self.assertEqual(res.output[2].parts[0], m.DataPart({"a": 1}))
+        expected = m.Output("m1", "agent", [m.TextPart("A")], None)
+        self.assertEqual(res.output[1], expected)
+        self.assertEqual(res.output[2].parts[0], m.DataPart({"a": 1}, {"k": 1}))
         self.assertIsNone(res.output[2].message_id)
         self.assertEqual(res.output[3].metadata, {"k": 1})
         self.assertEqual(res.output[4].parts, [m.TextPart("never")])
         expected = [
-            m.ToolCallPart("f", "c", {}),
+            m.ToolCallPart("f", "c", {}, {"k": 1}),
             m.ErrorPart("oops", 7),
-            m.ToolResultPart("c", [1]),
-            m.FilePart(m.BinaryFormat("aGk=", "a/b")),
+            m.ToolResultPart("c", [1], {"k": 1}),
+            m.FilePart(m.BinaryFormat("aGk=", "a/b"), {"k": 1}),
             m.FilePart(m.FileInURIFormat("https://x", name="n")),
         ]
         self.assertEqual(res.output[3].parts[1:6], expected)
@@ -2027,8 +2043,8 @@ class Incoming(LoopbackTest):
             completion_tokens=1,
             prompt_tokens=None,
             total_tokens=3,
-            prompt_tokens_details=m.PromptTokensDetails(1, 2),
-            completion_tokens_details=m.CompletionTokensDetails(1, audio_tokens=0),
+            prompt_tokens_details=m.PromptTokensDetails(None, 2, 0),
+            completion_tokens_details=m.CompletionTokensDetails(1, None, None, 0),
         )
         self.assertEqual(res.usage, usage)
         call = m.PendingToolCalls("c", m.Function("f", "{}"), "function")
@@ -2043,6 +2059,8 @@ class Incoming(LoopbackTest):
         self.assertIsInstance(unknown, orq_min.UnknownPart)
         self.assertEqual((unknown.kind, unknown.text), ("reasoning", "hm"))
         self.assertIn("'hm'", repr(unknown))
+        self.assertFalse(hasattr(unknown, "_own"))
+        self.assertNotEqual(unknown, orq_min.UnknownPart("reasoning"))
         self.assertEqual(text.brand_new, 5)
 
     def assert_reads_as(self, value, came):
@@ -2081,7 +2099,7 @@ class Incoming(LoopbackTest):
                 self.assertEqual(one[spelling], getattr(one, name))
                 self.assertEqual(one.get(spelling), getattr(one, name))
         for one, name in (
-            (parts[4], "metadata"),
+            (parts[5], "metadata"),
             (file, "name"),
             (res["output"][2], "messageId"),
             (res["output"][2], "message_id"),
@@ -2103,8 +2121,9 @@ class Incoming(LoopbackTest):
 
     def test_an_answer_without_any_field_has_none_in_their_place(self):
         res = self.answer({})
-        fields = {field.name for field in dataclasses.fields(res)} - {"output", "raw"}
-        self.assertEqual({getattr(res, name) for name in fields}, {None})
+        names = "id task_id created_at model usage finish_reason pending_tool_calls"
+        for name in (names + " telemetry status error").split():
+            self.assertIsNone(getattr(res, name), name)
         self.assertEqual((res.output, res.text, res.raw), ([], "", {}))
         (output,) = self.answer({"output": [{}]}).output
         self.assertEqual((output.parts, output.role, output.metadata), ([], None, None))
@@ -2155,15 +2174,17 @@ class Incoming(LoopbackTest):
         self.assertEqual((res.model, res.id, res.text), (5, [], ""))
 
     def test_names_that_python_uses_do_no_harm(self):
-        names = "text raw error keys get __class__ __dict__ __reduce_ex__ _came self"
-        body = dict.fromkeys(names.split(), 7)
+        names = "text error keys get __class__ __dict__ __reduce_ex__ _came self"
+        body = dict(dict.fromkeys(names.split(), 7), _id="r", id="another")
         inner = {"__init__": 9, "kind": "text", "__class__": 1, "_came": 2, "keys": 3}
-        body["output"] = [{"__init__": 9, "parts": [inner]}]
+        file = {"kind": "file", "file": {"uri": "x", "mime_type": "a/b", "bytes_": 1}}
+        body["output"] = [{"message_id": 9, "parts": [inner, file]}]
         res = self.answer(body)
         self.assertEqual((res.text, res.raw, res.error), ("", body, "7"))
         self.assertEqual(copy.deepcopy(res), res)
         self.assertIsInstance(res.output[0].parts[0], orq_min.TextPart)
-        self.assert_reads_as(res.output[0].parts[0], inner)
+        self.assert_reads_as(res, body)
+        self.assertEqual(self.answer({"raw": 6}).raw, {"raw": 6})
 
     def test_an_answer_may_be_any_json_that_python_reads(self):
         for body in (
@@ -2201,9 +2222,8 @@ class FetchingAnswers(LoopbackTest):
         self.assertEqual((begun.output, begun.text, begun.usage), ([], "", None))
         for get in (self.get, self.get_async):
             res = get(task_id=begun.task_id)
-            self.assertEqual(
-                (res.status, res.text, res.error), ("in_progress", "", None)
-            )
+            self.assertEqual((res.status, res.text), ("in_progress", ""))
+            self.assertIsNone(res.error)
         error = self.failure(self.orq, orq_min.APIError, task_id=begun.task_id)
         self.assertEqual(error.status_code, 409)  # it is not over yet
         until(lambda: self.get(task_id=begun.task_id).status != "in_progress")
@@ -2226,14 +2246,12 @@ class FetchingAnswers(LoopbackTest):
     def test_its_request_has_no_body_and_its_ids_are_segments_of_the_path(self):
         task_id = "a/../b?c"
         self.service.tasks[task_id] = self.service.tasks[self.create().task_id]
-        self.get(task_id=task_id, http_headers={"X-T": "7", "accept": "a/b"})
+        self.get(task_id=task_id)
         request = self.service.requests[-1]
         path = "/v2/agents/my-agent/responses/a%2F..%2Fb%3Fc"
         self.assertEqual((request[:2], request.body), (("GET", path), b""))
         for name in ("Content-Type", "Content-Length", "Transfer-Encoding"):
             self.assertEqual(request.header(name), [])
-        self.assertEqual(request.header("x-t"), ["7"])
-        self.assertEqual(request.header("accept"), ["a/b"])
         self.assertEqual(request.header("authorization"), ["Bearer test-key-123"])
 
     def test_its_failures_never_say_that_the_agent_may_have_run(self):
@@ -2304,7 +2322,9 @@ class Errors(LoopbackTest):
         one, other = orq_min.APIError("a"), orq_min.APIError("b")
         one.headers["X"] = "1"
         self.assertNotIn("X", other.headers)
-        self.assertIsInstance(one.status_code, int)
+        self.assertEqual((one.status_code, one.body, one.data), (0, "", None))
+        one = orq_min.APIConnectionError("a")
+        self.assertEqual((one.sent, one.temporary), (False, True))
 
     def test_the_servers_own_words_are_the_message(self):
         words = "no such thing"
@@ -2327,18 +2347,13 @@ class Errors(LoopbackTest):
     def test_its_text_shows_all_that_the_service_said(self):
         errors = [{"path": "body.x", "message": "too long"}, {"path": "body.y"}]
         for body, *wanted in (
-            (
-                {"message": "bad", "errors": errors},
-                "bad",
-                "body.x",
-                "too long",
-                "body.y",
-            ),
+            ({"message": "bad", "errors": errors}, "body.x", "too long", "body.y"),
             ({"error": {"message": "bad", "errors": errors}}, "bad", "too long"),
             ({"message": ["is bad", "is odd"], "error": "Gone"}, "is bad; is odd"),
             ({"message": "bad", "error": "is locked"}, "bad", "is locked"),
             ({"message": "bad", "error": {"message": "odd", "n": [3]}}, "odd", "3"),
             ({"message": "bad", "code": "E7", "hint": {"a": {"b": 5}}}, "E7", '"b": 5'),
+            ({"error": {"code": "E7"}}, "E7"),
             ({"detail": [{"loc": ["body"], "msg": "missing"}]}, "loc", "missing"),
             (["odd", {"a": 1}], "odd", '"a": 1'),
         ):
@@ -2373,10 +2388,8 @@ class Errors(LoopbackTest):
         error = self.api_error(b"<p>\xc3\xa9</p>", 500)
         self.assertEqual((error.body, error.data), ("<p>é</p>", None))
         self.assertIn("<p>é</p>", str(error))
-        for value, body in itertools.product(
-            SURPRISES,
-            ('{"message": %s}', '{"error": %s}', '{"error": {"message": %s}}'),
-        ):
+        odd = '{"message": %s}', '{"error": %s}', '{"error": {"message": %s}}'
+        for value, body in itertools.product(SURPRISES, odd):
             body %= json.dumps(value)
             error = self.api_error(body)
             self.assertEqual(error.data, json.loads(body))
@@ -2390,9 +2403,8 @@ class Errors(LoopbackTest):
         for body, status in itertools.product(bodies, (200, 202)):
             with self.subTest(body=body[:20], status=status):
                 error = self.api_error(body, status)
-                self.assertEqual(
-                    (error.status_code, error.body), (status, body.decode())
-                )
+                found = error.status_code, error.body.encode()
+                self.assertEqual(found, (status, body))
                 self.assertIn("JSON", str(error))
 
     def test_no_complete_answer_is_a_connection_error_that_says_what_happened(self):
@@ -2525,7 +2537,7 @@ class TheKeyAndTheServer(RefusalTest):
             ("bEARER k\r\n", "bEARER k"),
             ("Bearerk", "Bearer Bearerk"),
             ("ké", "Bearer ké"),
-            ("it's", "Bearer it's"),
+            ("'k", "Bearer 'k"),
             ("\ufeffk\n", "Bearer k"),
             ("\ufeff Bearer k", "Bearer k"),
         ):
@@ -3070,10 +3082,13 @@ class StandardOutputHoldsTheAnswer(MainTest):
     def test_verbose_tells_the_version_or_more_on_standard_error(self):
         for option in ("-v", "--version"):
             self.assertEqual(self.said(option), "orq_min %s\n" % orq_min.__version__)
+        log = logging.getLogger(orq_min.__name__)
+        before = log.level, list(log.handlers)
         done = self.command("-v", *HELLO)
         self.assertEqual((done.stdout, done.returncode), (b"You said: Hello\n", 0))
         self.assertIn(b"200", done.stderr)
         self.assertNotIn(self.service.key.encode(), done.stderr)
+        self.assertEqual((log.level, log.handlers), before)
 
     def test_help_tells_what_a_caller_must_know(self):
         shown = " ".join(self.said("--help", env={"COLUMNS": "200"}).split())
