@@ -351,7 +351,7 @@ class Memory(_Checked):
 class _Body:
     """The body of a request. `Responses.create` says what its fields are."""
 
-    message: Union[A2AMessage, Mapping[str, Any]]
+    message: Union[str, A2AMessage, Mapping[str, Any]]
     task_id: Optional[str] = None
     variables: Optional[Mapping[str, Any]] = None
     identity: Union[Identity, Mapping[str, Any], None] = None
@@ -560,11 +560,17 @@ class CreateAgentResponseResponseBody(_Readable):
         for message in _agent_messages(self.output):
             told += _error_parts(message)
         if self.status in _FAILED_STATES and not any(told):
-            status = self.raw.get("status")  # of a task, which may have a message
-            said = status.get("message") if isinstance(status, dict) else None
-            message = _decode_object(Output, said if isinstance(said, dict) else {})
-            told += _error_parts(message) or [_text_of(message) or self.status]
+            told += _reasons(self.raw.get("status")) or [self.status]
         return "; ".join(_words(value) for value in told if value) or None
+
+
+def _reasons(status: Any) -> List[Any]:
+    """What the status of a failed task says, which may be an object with a message."""
+    said = status.get("message") if isinstance(status, dict) else None
+    if not isinstance(said, dict):
+        return [said] if said else []
+    message = _decode_object(Output, said)
+    return _error_parts(message) or list(filter(None, [_text_of(message)]))
 
 
 def _error_parts(message: Output) -> List[Any]:
@@ -859,6 +865,8 @@ def _content(value: Any) -> Any:
         return list(value)
     if isinstance(value, type):
         return UNSET
+    if isinstance(value, _Readable):  # with all that came
+        return {name: value[name] for name in value}
     if is_dataclass(value):
         return {own.name: getattr(value, own.name) for own in fields(value)}
     return value.model_dump() if hasattr(value, "model_dump") else UNSET  # pydantic's
@@ -1179,7 +1187,9 @@ def _authorization(api_key: _Hidden, problems: Problems) -> _Hidden:
     key = _Hidden(key.value.strip().lstrip("\ufeff").strip())  # a byte order mark
     unsendable = re.search(_UNSENDABLE, key.value)
     if key.value.lower() in ("", "bearer"):
-        problems.append(("api_key", "required: set ORQ_API_KEY, or give api_key"))
+        problems.append(
+            ("api_key", "required: set ORQ_API_KEY (export ORQ_API_KEY=...)")
+        )
     elif key.value[0] in "\"'" and key.value[-1] == key.value[0]:
         wrong = "is in quotes, as `docker --env-file` keeps them: take them away"
         problems.append(("api_key", wrong))
@@ -2387,7 +2397,7 @@ def _add_options(parser: Any) -> None:
     text = "attach a file ('-': standard input); may be repeated"
     add("--file", metavar="PATH|URL|-", action="append", default=[], help=text)
     text = "answer a tool call that waits; may be repeated"
-    metavar = "CALL_ID=JSON"
+    metavar = "CALL_ID=JSON|@FILE"
     add("--tool-result", metavar=metavar, action="append", default=[], help=text)
     text = "a whole message ('@-', here and below: JSON from standard input)"
     add("--message", metavar="JSON|@FILE", help=text)
@@ -2502,7 +2512,7 @@ def _to_text(content: bytes, source: str) -> str:
     try:
         return content.decode("utf-16" if is_utf_16 else "utf-8-sig")
     except UnicodeDecodeError:
-        _fail(source, "is not text in UTF-8")
+        _fail(source, "is not text in UTF-8 or UTF-16")
 
 
 _JSON_OR_FILE = r"@|\s*[{[]"  # how an option begins that is not just a word
@@ -2638,8 +2648,6 @@ def _check_wait(options: Any) -> None:
         if getattr(options, name) not in (None, [], False):
             option = f"--{name.replace('_', '-')}" if name != "text" else "MESSAGE"
             _fail("usage", f"{option} does not go with --wait")
-    if options.timeout is not None and not 0 < options.timeout <= MAX_WAIT_MS / 1000:
-        _fail("--timeout", "must be a number of seconds above 0")
 
 
 def _wait_for(responses: Responses, options: Any) -> CreateAgentResponseResponseBody:
@@ -2703,8 +2711,8 @@ def _print_answer(answer: CreateAgentResponseResponseBody, options: Any) -> int:
     except BrokenPipeError:
         pass  # `| head -1` has seen enough
     except OSError as error:
-        lost = f"the answer of task {answer.task_id}"  # which --wait may still fetch
-        _say(f"cannot print {lost}: {error.strerror}")
+        of_task = f" of task {answer.task_id}" if answer.task_id else ""
+        _say(f"cannot print the answer{of_task}: {error.strerror}")
         status = 1
     for line in _notes(answer, options):
         _say(line)
@@ -2719,7 +2727,9 @@ def _notes(answer: CreateAgentResponseResponseBody, options: Any) -> Iterator[st
         yield f"the answer was cut (finish_reason: {answer.finish_reason})"
     yield from _next_steps(answer, options.background)
     is_told = answer.text or answer.error or answer.pending_tool_calls
-    if not (is_told or options.json or options.background):
+    if options.background and not (answer.task_id or answer.error):
+        yield "the answer has no task id (--json shows all of it)"
+    elif not (is_told or options.json or options.background):
         yield "the answer has no text (--json shows all of it)"
 
 
@@ -2765,6 +2775,8 @@ def _run_command(options: Any) -> int:
     if options.agent_key is None:
         _print(sys.stdout, f"orq_min {__version__}")
         return 0
+    if options.timeout is not None and not 0 < options.timeout <= MAX_WAIT_MS / 1000:
+        _fail("--timeout", "must be a number of seconds above 0")
     if options.wait is not None:
         _check_wait(options)
     call = _read_call(options) if options.wait is None else {}
