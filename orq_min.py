@@ -1247,6 +1247,10 @@ class _CallEnded(Exception):
     """The task was cancelled for which a call was made."""
 
 
+class _AnsweredEarly(Exception):
+    """A server has answered (401, 413), and reads no more of the request."""
+
+
 class _ProxyFault(OSError):
     """A proxy that cannot be used, or refused."""
 
@@ -1289,6 +1293,8 @@ class _Attempt(urllib.request.Request):
         super().__init__(request.url, method=request.method)
         self.request = request
         self.proxy: Optional[_Proxy] = None
+        self.answer: Optional[_Answer] = None
+        self.failure: Optional[APIConnectionError] = None  # or why there is no answer
         self.is_connected = False
         self.has_left = False  # the last byte of the request was given to the system
         self._cancelled = cancelled  # set by another thread, to end the call
@@ -1319,9 +1325,14 @@ class _Attempt(urllib.request.Request):
         proxied = self.proxy is not None and self.type == "http"
         target = self.full_url if proxied else self.selector
         headers = dict(self.request.headers)
-        for name, value in self.header_items():  # of a wrapper
-            if name.title() not in (*_OWN_HEADERS, "Authorization"):
-                headers[name.title()] = value
+        fixed = (*_OWN_HEADERS, "Authorization")
+        added = {k: v for k, v in self.header_items() if k.title() not in fixed}
+        problems: Problems = []
+        headers.update(
+            _check_headers(added, problems)
+        )  # a wrapper's, such as of traces
+        if problems:
+            raise ValidationError(problems)
         if proxied and self.proxy and self.proxy.authorization:
             headers["Proxy-Authorization"] = self.proxy.authorization
         # no variable is ever the whole, as it has the key
@@ -1342,6 +1353,14 @@ class _Answer(http.client.HTTPResponse):
         self.content = bytearray()
         self.problem = ""
         self.is_whole = False
+        self._offset = 0
+
+    def read(self, amt: Optional[int] = None) -> bytes:
+        """Give a wrapper of the opener the content, which we have read."""
+        start = self._offset
+        end = len(self.content) if amt is None or amt < 0 else start + amt
+        self._offset = min(end, len(self.content))
+        return bytes(self.content[start:end])
 
     def read_content(self) -> None:
         """Read and unpack the body. Raises if it breaks off; `content` is what came."""
@@ -1370,6 +1389,8 @@ class _Answer(http.client.HTTPResponse):
         try:
             self._collect(gzip.GzipFile(fileobj=io.BytesIO(packed)).read1)
         except (OSError, EOFError, ValueError, zlib.error) as error:
+            if _is_of_a_signal(error):
+                raise
             self.content = self.content or packed
             raise http.client.IncompleteRead(b"") from error
 
@@ -1398,7 +1419,14 @@ class _Incoming(io.RawIOBase):
         connection = self._connection
         if connection.attempt is None:
             return None  # nothing is awaited now
-        received: int = connection.in_turns(False, connection.sock.recv_into, buffer)
+        receive = connection.sock.recv_into
+        if not connection.is_sending:
+            received: int = connection.in_turns(False, receive, buffer)
+        else:
+            try:
+                received = receive(buffer)
+            except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                return None
         self.at_end = not received
         return received
 
@@ -1417,6 +1445,7 @@ class _Connection:
     def __init__(self, route: Tuple[Any, ...]) -> None:
         self.route = route  # an attempt with an equal one may use it
         self.attempt: Optional[_Attempt] = None  # none, while it is idle
+        self.is_sending = False
         self.sock: Any = None
         self._make_reader()
 
@@ -1445,7 +1474,13 @@ class _Connection:
                 writing = True
             except BlockingIOError:
                 writing = for_writing
-            _wait_until_ready(self.sock, writing, min(TURN_SECONDS, left))
+            is_ready = _wait_until_ready(self.sock, writing, min(TURN_SECONDS, left))
+            if self.is_sending and not is_ready and self._is_answered():
+                raise _AnsweredEarly()
+
+    def _is_answered(self) -> bool:
+        """Whether a final answer has begun to come; one of 1XX is not final."""
+        return self._reader.peek(16)[9:10] in (b"2", b"3", b"4", b"5")
 
     def send(self, view: memoryview) -> None:
         while view:
@@ -1500,12 +1535,15 @@ class _Connection:
         """Send the request, and return the answer."""
         body = attempt.request.body
         attempt.is_connected = True
+        self.is_sending = True
         try:  # the start of the body in one packet with the head, if it fits
             self.send(memoryview(attempt.head() + body[:BLOCK_BYTES]))
             self.send(memoryview(body)[BLOCK_BYTES:])
             attempt.has_left = True
-        except (ConnectionError, ssl.SSLError):
+        except (_AnsweredEarly, ConnectionError, ssl.SSLError):
             pass  # a server may answer (401, 413) before it has all, and hang up
+        finally:
+            self.is_sending = False
         answer = self._read_head(attempt.request.method)
         if 200 <= answer.status < 300:
             answer.read_content()
@@ -1563,6 +1601,8 @@ def _race(addresses: List[Any], selector: Any, attempt: _Attempt) -> socket.sock
             try:
                 sock = _start_to_connect(addresses.pop(0))
             except OSError as error:  # such as of a family that is not to be had
+                if _is_of_a_signal(error):
+                    raise
                 failure = error
                 continue
             selector.register(sock, selectors.EVENT_WRITE)
@@ -1621,7 +1661,10 @@ def _make_tls_context() -> ssl.SSLContext:
 
     ValidationError, with the variable as its path, if these cannot be used.
     """
-    context = ssl.create_default_context()
+    try:
+        context = ssl.create_default_context()
+    except OSError as error:
+        raise _unusable("SSLKEYLOGFILE", error) from None
     # up to Python 3.9, the default is what the system allows
     context.minimum_version = max(context.minimum_version, ssl.TLSVersion.TLSv1_2)
     file = os.environ.get("SSL_CERT_FILE")
@@ -1637,24 +1680,29 @@ def _make_tls_context() -> ssl.SSLContext:
         wrong = f"{file!r} holds no certificates in PEM"
         raise ValidationError([("SSL_CERT_FILE", wrong)]) from None
     except OSError as error:
-        if error.errno in (errno.EMFILE, errno.ENFILE):  # no fault of the file
-            raise
-        wrong = f"{file!r} cannot be read: {error.strerror}"
-        raise ValidationError([("SSL_CERT_FILE", wrong)]) from None
+        raise _unusable("SSL_CERT_FILE", error) from None
     if directories and not any(map(os.path.isdir, directories.split(os.pathsep))):
         wrong = f"{directories!r} names no directory that exists"
         raise ValidationError([("SSL_CERT_DIR", wrong)])
     return context
 
 
+def _unusable(variable: str, error: OSError) -> Exception:
+    """What it means that the file cannot be opened which a variable names."""
+    if error.errno in (errno.EMFILE, errno.ENFILE) or _is_of_a_signal(error):
+        return error  # no fault of the file
+    wrong = f"{os.environ.get(variable)!r} cannot be used: {error.strerror}"
+    return ValidationError([(variable, wrong)])
+
+
 def _is_of_a_signal(error: Exception) -> bool:
     """Whether it is a time-out that a signal's handler raised.
 
-    The system's own has a number, and our sockets have none (socket.timeout is this
-    class since Python 3.10).
+    Our sockets have none, and the system's has its number, which is another on Windows
+    (socket.timeout is TimeoutError since Python 3.10).
     """
     is_time_out = isinstance(error, (TimeoutError, socket.timeout))
-    return is_time_out and cast(OSError, error).errno is None
+    return is_time_out and cast(OSError, error).errno not in (errno.ETIMEDOUT, 10060)
 
 
 def _explain(error: Exception, attempt: _Attempt) -> Tuple[str, bool]:
@@ -1663,8 +1711,8 @@ def _explain(error: Exception, attempt: _Attempt) -> Tuple[str, bool]:
         return str(error), isinstance(error, _TimeUp)
     if isinstance(error, ssl.SSLCertVerificationError):
         return _explain_certificate(error), False
-    if isinstance(error, ssl.SSLError) and not attempt.is_connected:
-        return _explain_handshake(error)
+    if isinstance(error, ssl.SSLError):
+        return _explain_tls(error, attempt.is_connected)
     if isinstance(error, socket.gaierror):
         host = attempt.proxy.host if attempt.proxy else attempt.host
         what = f"no address found for {host} ({error.strerror})"
@@ -1688,18 +1736,21 @@ def _explain_certificate(error: ssl.SSLCertVerificationError) -> str:
     return what
 
 
-def _explain_handshake(error: ssl.SSLError) -> Tuple[str, bool]:
-    """The same, for an error of TLS that came before the request had left."""
+def _explain_tls(error: ssl.SSLError, is_connected: bool) -> Tuple[str, bool]:
+    """The same, for an error of TLS that is not about a certificate."""
     # OpenSSL's own words, such as "wrong version number"; Python 3.7 mistakes some of
     # the numbers of which it makes the `reason`
     words = re.sub(r"\[.*?\] |\(_ssl.*", "", str(error)).strip().lower()
     broken_off = (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError)
     if isinstance(error, broken_off) or "eof" in words or "internal error" in words:
-        return "the TLS handshake was broken off", True
-    if any(word in words for word in ("protocol", "cipher", "handshake failure")):
+        return "the TLS connection was broken off", True
+    if "protocol" in words or "cipher" in words:
         what = "the server and this Python have no TLS version or cipher in common"
     elif words.startswith(("sslv3", "tlsv1", "ssl/tls")):  # what it says in an alert
-        what = "the server refused the TLS handshake"
+        # which, in TLS 1.3, may come after the handshake
+        what = "the server refused the TLS connection; does it want a certificate?"
+    elif is_connected:
+        return f"the TLS connection failed ({words})", True
     else:
         what = "the server does not speak TLS on this port"
     return f"{what} ({words})", False
@@ -1728,7 +1779,8 @@ class _Handler(urllib.request.BaseHandler):
         What is raised here passes through the wrappers of the opener: it is masked.
         """
         try:
-            return self._perform(attempt)
+            attempt.answer = self._perform(attempt)
+            return attempt.answer
         except (_TimeUp, OSError, http.client.HTTPException) as error:
             if _is_of_a_signal(error):
                 raise
@@ -1744,6 +1796,7 @@ class _Handler(urllib.request.BaseHandler):
         error_class = APITimeoutError if is_late else APIConnectionError
         failure = error_class(attempt.request.mask(text))
         failure.sent, failure.temporary = attempt.sent, temporary
+        attempt.failure = failure
         _log.debug("%s", failure)
         # other causes quote what the server wrote, and a traceback shows them
         raise failure from cause
@@ -1791,10 +1844,11 @@ class _Handler(urllib.request.BaseHandler):
     def _warn_of_plain_http(self, attempt: _Attempt) -> None:
         if attempt.type == "https" or self._has_warned:
             return
-        host = attempt.proxy.host if attempt.proxy else attempt.host
-        if not re.match(r"(localhost|127\.[0-9.]+|\[?::1\]?)(:|$)", host):
+        hosts = [attempt.host, *([attempt.proxy.host] if attempt.proxy else [])]
+        near = r"(localhost|127\.[0-9.]+|\[?::1\]?)(:[0-9]+)?"
+        if not all(re.fullmatch(near, host) for host in hosts):
             self._has_warned = True
-            _log.warning("the key goes in clear to http://%s", host)
+            _log.warning("the key goes in clear to http://%s", attempt.host)
 
     def _connect(self, connection: _Connection, attempt: _Attempt) -> None:
         if attempt.type == "http":
@@ -1880,20 +1934,22 @@ def _error_words(data: Any, status: int) -> Tuple[str, str]:
         return words, ""
 
 
-def _told_by_headers(headers: http.client.HTTPMessage) -> str:
+def _told_by_headers(request: _Request, headers: http.client.HTTPMessage) -> str:
     """A request's id, and how long to wait."""
     names = ("x-request-id", "cf-ray", "retry-after")
-    told = [f" ({name}: {headers[name]})" for name in names if name in headers]
-    return "".join(told)[:QUOTED_CHARACTERS]
+    told = [(name, request.mask(headers[name])) for name in names if name in headers]
+    return "".join(f" ({name}: {words[:100]})" for name, words in told)
 
 
 def _target(location: str) -> str:
     """A redirect's target, without a user and password."""
-    return re.sub(r"^([A-Za-z][A-Za-z0-9+.-]*:)?//[^/?#]*@", r"\1//", location)
+    return re.sub(r"^([A-Za-z0-9+.-]+:[/\\]*|[/\\]{2,})[^/\\?#]*@", r"\1", location)
 
 
-def _read_answer(request: _Request, answer: _Answer) -> CreateAgentResponseResponseBody:
-    """What the agent did. APIError if the answer is no usable 2XX."""
+def _read_answer(
+    request: _Request, answer: _Answer
+) -> Union[CreateAgentResponseResponseBody, APIError]:
+    """What the agent did, or an APIError if the answer is no usable 2XX."""
     body = answer.content.decode(json.detect_encoding(answer.content), "replace")
     data = _decode_json(body)
     problem = answer.problem
@@ -1912,12 +1968,12 @@ def _read_answer(request: _Request, answer: _Answer) -> CreateAgentResponseRespo
     phrase = http.client.responses.get(answer.status, "")
     what = f"{request.method} {request.url}: {answer.status} {phrase}".rstrip()
     text = ": ".join(filter(None, (what, problem, shown)))
-    text += _told_by_headers(answer.headers)
+    text += _told_by_headers(request, answer.headers)
     error = APIError(_one_line(request.mask(text)))
     error.status_code, error.headers = answer.status, answer.headers
     error.body, error.data = body, data
     error.message = request.mask(words) or phrase
-    raise error
+    return error
 
 
 async def _in_thread(work: Callable[[threading.Event], T]) -> T:
@@ -2228,28 +2284,39 @@ class Responses:
         self, request: _Request, cancelled: Optional[threading.Event] = None
     ) -> CreateAgentResponseResponseBody:
         """The answer of the first attempt that has one, or the last one's error."""
-        config, number, elapsed = request.retries, 0, 0.0
+        config, number, elapsed, begun = request.retries, 0, 0.0, _now()
         # on Windows, Ctrl-C ends a sleep, but not the wait for an event
         pause: Callable[[float], Any] = cancelled.wait if cancelled else time.sleep
         while True:
             number, started = number + 1, _now()
-            try:
-                answer = self._opener.open(_Attempt(request, cancelled))
-                return _read_answer(request, cast(_Answer, answer))
-            except (APIError, APIConnectionError) as error:
-                if config is None or not _should_retry(error, config):
-                    raise
-                elapsed += _now() - started
-                seconds = _retry_wait(error, config, number, elapsed)
-                if seconds is None:
-                    raise
-                # an APIError's text quotes the body; an APIConnectionError's does not
-                is_answer = isinstance(error, APIError)
-                reason = f"status {error.status_code}" if is_answer else str(error)
+            result = self._try(_Attempt(request, cancelled))
+            if isinstance(result, CreateAgentResponseResponseBody):
+                return result
+            elapsed = max(elapsed + _now() - started, _now() - begun)
+            seconds = None
+            if config is not None and _should_retry(result, config):
+                seconds = _retry_wait(result, config, number, elapsed)
+            if seconds is None:
+                raise result
+            # an APIError's text quotes the body; an APIConnectionError's does not
+            is_answer = isinstance(result, APIError)
+            reason = f"status {result.status_code}" if is_answer else str(result)
             message = "attempt %d failed, next in %.1f s: %s"
             _log.warning(message, number, seconds, reason)
             pause(seconds)
             elapsed += seconds  # whatever a clock says, and even if it was skipped
+
+    def _try(
+        self, attempt: _Attempt
+    ) -> Union[CreateAgentResponseResponseBody, APIError, APIConnectionError]:
+        """What one attempt brings. What another raises, such as a wrapper, passes."""
+        try:
+            self._opener.open(attempt)
+        except APIConnectionError as error:
+            if error is not attempt.failure:
+                raise
+            return error
+        return _read_answer(attempt.request, cast(_Answer, attempt.answer))
 
 
 class Agents:
@@ -2748,7 +2815,8 @@ def _next_steps(
         yield f"{asked} waits for its result: {task} {reply}"
     if task and sys.stderr is not None and sys.stderr.isatty():
         fetch = f"fetch its answer with --wait={shlex.quote(task_id)}"
-        yield fetch if background else f"continue with {task}"
+        runs_on = background and not answer.error
+        yield fetch if runs_on else f"continue with {task}"
 
 
 # The finish_reason of an answer that a limit cut.

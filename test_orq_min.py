@@ -20,6 +20,7 @@ import datetime
 import decimal
 import email.utils
 import enum
+import errno
 import functools
 import gc
 import gzip
@@ -55,6 +56,7 @@ import types
 import unittest
 import urllib.parse
 import urllib.request
+import urllib.response
 import uuid
 import warnings
 import zipfile
@@ -4162,6 +4164,17 @@ class RequestsAndAnswersTravelWhole(ServerTest):
                 server = self.server(reply("paid for", "%d Fine" % status))
                 self.assertEqual(self.call(self.client(server)), "paid for")
 
+    def test_what_broke_off_is_said_in_words(self):
+        no_http = then_close(b"SMTP ready\r\n\r\n")
+        for step, words in (
+            (hang_up, "closed without an answer"),
+            (cut_off, "broke off"),
+            (no_http, "no HTTP answer"),
+        ):
+            error = self.failure(self.client(self.server(step)))
+            self.assertIn("the agent may have run, but", str(error))
+            self.assertIn(words, str(error))
+
     def test_a_failed_call_leaves_no_noise(self):
         """Nothing of http.client's own complains when it is collected."""
         cut = (b"", b"what?\r\n", head("200 OK")[:-2], reply("cut")[:-1])
@@ -5042,10 +5055,16 @@ class CertificatesAreVerified(ServerTest):
     def test_another_protocol_version_or_cipher_is_said_in_words(self):
         plain = self.server()
         ssh = self.server(greet=then_close(b"SSH-2.0-OpenSSH_9.6\r\n"))
-        for server in (plain, ssh):
+        alert = self.server(greet=then_close(b"\x15\3\1\0\2\2\x2a"))
+        no_tls = "not speak TLS"
+        for server, words in (
+            (plain, no_tls),
+            (ssh, no_tls),
+            (alert, "refused the TLS"),
+        ):
             url = server.url.replace("http:", "https:")
             error = self.failure(self.client(self.secure, server_url=url))
-            self.assertRegex(str(error), r"not speak TLS")
+            self.assertIn(words, str(error))
             self.assertNotRegex(str(error), "[A-Z]_[A-Z]|_ssl.c")
         self.assertEqual(plain.requests, [])
         old, ours, same = server_context(), trusting_context(), trusting_context()
@@ -5367,6 +5386,7 @@ class OnlyWhatCannotHaveRunIsRetried(ServerTest):
         try:
             return orq.agents.responses.get(**given).text
         except orq_min.OrqError as error:
+            self.assertNotIn("may have run", str(error))
             return error
 
     def assert_row(
@@ -5430,6 +5450,7 @@ class OnlyWhatCannotHaveRunIsRetried(ServerTest):
             "something else": b"220 mail.example ESMTP\r\n",
             "no common version": b"\x15\3\1\0\2\2\x46",
             "no common cipher": b"\x15\3\1\0\2\2\x28",
+            "a bad certificate": b"\x15\3\1\0\2\2\x2a",
         }
         for name, data in failures.items():
             with self.subTest(name):
@@ -5663,6 +5684,189 @@ class BrokenAnswersDoNoHarm(ServerTest):
                 self.assertEqual(seen[good], 1)
         for kind in ("answer", "APIError", "APIConnectionError"):
             self.assertGreater(outcomes[kind], 100, outcomes)
+
+
+class WrappersOfTheOpener(ServerTest):
+    """Whatever wraps urllib's opener sees an ordinary answer, and can do no harm."""
+
+    def wrapped(self, wrap):
+        """`wrap` is given the request, and what performs it."""
+        original = urllib.request.OpenerDirector.open
+
+        def open_(opener, request, *given, **more):
+            return wrap(request, lambda: original(opener, request, *given, **more))
+
+        return mock.patch.object(urllib.request.OpenerDirector, "open", open_)
+
+    def test_an_error_of_ours_that_it_raises_after_the_answer_is_its_own(self):
+        busy, refused = orq_min.APIError("busy"), orq_min.APIConnectionError("refused")
+        busy.status_code = 429
+        for error in (busy, refused):
+
+            def fail(request, perform, error=error):
+                perform()
+                raise error
+
+            for policy in (orq_min.RetryConfig(backoff=SOON), AT_ALL_COSTS):
+                server = self.server()
+                with self.wrapped(fail):
+                    caught = self.failure(self.client(server), retries=policy)
+                self.assertIs(caught, error)
+                self.assertEqual(len(server.requests), 1)
+
+    def test_it_may_read_the_answer_and_replace_it(self):
+        read = []
+
+        def replace(request, perform):
+            answer = perform()
+            self.assertEqual((answer.getcode(), answer.geturl()), (200, server.url_of))
+            read.append(answer.read(3) + answer.read())
+            return urllib.response.addinfourl(io.BytesIO(), {}, "x:", 500)
+
+        server = self.server()
+        server.url_of = server.url + "/v2/agents/my-agent/responses"
+        with self.wrapped(replace):
+            self.assertEqual(self.call(self.client(server)), "hi")
+        self.assertEqual(read, [saying("hi")])
+
+    def test_a_header_of_its_own_is_checked_and_replaces_none_of_ours(self):
+        server = self.server()
+        orq = self.client(server)
+        for value in ("\u5f20", "a\r\nX-Evil: 1"):
+
+            def add(request, perform, value=value):
+                request.add_header("X-User", value)
+                return perform()
+
+            with self.wrapped(add):
+                error = self.failure(orq, orq_min.ValidationError)
+            self.assertNotIn(server.key, texts_of(error) + ascii(vars(error)))
+            assert_no_local_holds(server.key, error)
+        self.assertEqual(server.requests, [])
+
+        def take_over(request, perform):
+            for name in ("Authorization", "Host", "Content-Length"):
+                request.add_header(name, "0")
+            return perform()
+
+        with self.wrapped(take_over):
+            self.assertEqual(self.call(orq), "hi")
+        (request,) = server.requests
+        self.assertEqual(request.header("authorization"), ["Bearer " + server.key])
+        self.assertEqual(request.header("host"), [server.netloc])
+
+
+class SignalsAreNotTheNetworks(ServerTest):
+    """A time-out that no socket raised is never followed by another attempt."""
+
+    def assert_left(self, server, late, patch):
+        with patch, self.assertRaises(TimeoutError) as caught:
+            self.call(self.client(server), retries=AT_ALL_COSTS)
+        self.assertIs(caught.exception, late)
+        self.assertLessEqual(len(server.requests), 1)
+
+    def test_wherever_it_comes(self):
+        packed = gzip.compress(saying("hi"))
+        unpacking = reply(packed, "200 OK", "Content-Encoding: gzip")
+        for late in (TimeoutError("late"), TimeoutError(errno.ETIME, "late")):
+            raises = {"side_effect": late}
+            with self.subTest(late):
+                self.assert_left(
+                    self.server(unpacking),
+                    late,
+                    mock.patch("gzip.GzipFile.read1", **raises),
+                )
+                self.assert_left(
+                    self.server(), late, mock.patch("socket.getaddrinfo", **raises)
+                )
+                self.assert_left(
+                    self.server(), late, mock.patch("socket.socket.connect", **raises)
+                )
+
+    def test_while_the_authorities_are_read(self):
+        late = TimeoutError("late")
+        with temporary_file(AUTHORITY) as path:
+            os.environ["SSL_CERT_FILE"] = path
+            server = self.server(tls=server_context())
+            load = "ssl.SSLContext.load_verify_locations"
+            with mock.patch(load, side_effect=late), self.assertRaises(TimeoutError):
+                self.call(self.client(server, ssl_context=None), retries=AT_ALL_COSTS)
+        self.assertEqual(server.connections, 0)
+
+
+class ServersThatAnswerEarly(ServerTest):
+    """A server that answers while a large request is sent is heard, as by curl."""
+
+    def test_a_refusal_ends_the_sending(self):
+        def refuse(peer):
+            peer.send(reply(b'{"message": "go away"}', "413 Payload Too Large"))
+            peer.pause(20)  # and reads no more
+
+        for tls in (None, server_context()):
+            server = self.server(refuse, tls=tls, early=True)
+            with self.subTest(tls=bool(tls)), within(5):
+                error = self.failure(self.client(server), orq_min.APIError, text=LARGE)
+                self.assertEqual(error.status_code, 413)
+
+    def test_an_interim_answer_does_not(self):
+        def read_late(peer):
+            peer.send(head("102 Processing"))
+            peer.pause(0.6)
+            left = len(LARGE) - 200000  # of which some was read with the head
+            while left > 0:
+                left -= len(peer.sock.recv(65536))
+            peer.send(reply("whole"))
+            peer.hang()
+
+        for tls in (None, server_context()):
+            server = self.server(read_late, tls=tls, early=True)
+            self.assertEqual(self.call(self.client(server), LARGE), "whole")
+
+
+class MoreFaultsInWords(ServerTest):
+    """What cannot be mended fails at once; what is said is true and holds no key."""
+
+    def test_a_server_that_wants_a_certificate(self):
+        context = server_context()
+        context.verify_mode = ssl.CERT_REQUIRED
+        context.load_verify_locations(cadata=AUTHORITY)
+        server = self.server(tls=context)
+        error = self.failure(self.client(server), retries=AT_ALL_COSTS)
+        self.assertFalse(getattr(error, "temporary", True), error)
+        self.assertRegex(str(error), "refused the TLS|handshake")
+        self.assertEqual((server.connections, server.requests), (1, []))
+
+    @unittest.skipUnless(
+        hasattr(ssl.SSLContext, "keylog_filename"), "this Python logs no TLS keys"
+    )
+    def test_a_log_of_tls_keys_that_cannot_be_written_is_named(self):
+        os.environ["SSLKEYLOGFILE"] = os.path.join(tempfile.gettempdir(), "no", "where")
+        server = self.server(tls=server_context())
+        orq = self.client(server, ssl_context=None)
+        error = self.failure(orq, orq_min.ValidationError)
+        self.assertEqual([path for path, _ in error.errors], ["SSLKEYLOGFILE"])
+        self.assertEqual(server.connections, 0)
+
+    def test_a_key_that_a_cut_would_halve_is_masked(self):
+        for pad in (95, 470):
+            echo = "X-Request-Id: " + "a" * pad + "test-key-123"
+            error = self.failure(self.client(self.server(reply(b"", "400 No", echo))))
+            self.assertIn("aaa", str(error))
+            self.assertNotRegex(str(error), "test|key")
+
+    def test_a_key_that_goes_in_clear_through_a_proxy_is_worth_a_warning(self):
+        proxy = self.server()
+        os.environ["http_proxy"] = proxy.url
+        for url, warned in (("http://service.invalid", 1), ("http://localhost:9", 0)):
+            orq = self.client(proxy, server_url=url)
+            with logged("WARNING") as records:
+                self.assertEqual(self.call(orq), "hi")
+            self.assertEqual(len(records), warned)
+
+    def test_a_key_after_two_spaces_is_masked_too(self):
+        server = self.server(reply(b'{"message": "bad test-key-123"}', "401 No"))
+        orq = self.client(server, api_key="Bearer  test-key-123")
+        self.assertEqual(self.failure(orq).message, "bad ***")
 
 
 # ----------------------------------------------------------------------------
