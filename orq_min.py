@@ -87,7 +87,7 @@ MAX_WAIT_MS = 2**31 - 1  # for an answer or a retry: 25 days, as far as poll cou
 MAX_ANSWER_BYTES = 256 * 2**20
 MAX_NESTING = 100  # levels of a free-form value; json gives up near 1000
 MAX_NUMBER = sys.float_info.max
-CONNECT_SECONDS = 10.0  # for connecting, a proxy's tunnel and TLS together
+CONNECT_SECONDS = 10.0  # to connect, tunnel and start TLS, once addresses are found
 ERROR_BODY_SECONDS = 10.0  # for the body of an answer that is no 2XX
 TURN_SECONDS = 0.25  # from one look at the clock to the next
 ADDRESS_SECONDS = 0.25  # from one address of a host to the next (RFC 8305, section 5)
@@ -113,7 +113,8 @@ class OrqError(Exception):
 
     `message` is a text. The rest is None where no answer came: `status_code`;
     `headers`, found by names whose case does not matter; `body`, the text as it came;
-    `data`, its decoded JSON.
+    `data`, its decoded JSON. These are as the server wrote them; if it repeats the
+    key, they hold it, and the error's own text does not.
     """
 
     status_code: Any = None
@@ -598,12 +599,15 @@ def _words(said: Any) -> str:
         said = said["message"]
     if isinstance(said, list) and all(isinstance(item, str) for item in said):
         said = "; ".join(said)
-    if isinstance(said, str):
-        return said
+    return said if isinstance(said, str) else _json_text(said) or "error"
+
+
+def _json_text(value: Any) -> str:
+    """JSON, or "" if it is nested too deeply: Python 3.12 reads deeper than it writes."""
     try:
-        return json.dumps(said, ensure_ascii=False)
-    except RecursionError:  # Python 3.12 reads deeper than it writes
-        return "error"
+        return json.dumps(value, ensure_ascii=False)
+    except RecursionError:
+        return ""
 
 
 # --- Checking and JSON ------------------------------------------------------
@@ -934,13 +938,13 @@ def _decode_answer(data: Dict[str, Any]) -> CreateAgentResponseResponseBody:
     if "_id" not in given and "id" in given:  # a task
         given["_id"] = given.pop("id")
         given.setdefault("task_id", given["_id"])
-    answer: CreateAgentResponseResponseBody
-    answer = _decode_object(CreateAgentResponseResponseBody, given)
-    status = answer.status
+    res: CreateAgentResponseResponseBody
+    res = _decode_object(CreateAgentResponseResponseBody, given)
+    status = res.status
     state = status.get("state") if isinstance(status, dict) else status
-    answer.status = state if isinstance(state, str) else None
-    answer.raw = data
-    return answer
+    res.status = state if isinstance(state, str) else None
+    res.raw = data
+    return res
 
 
 # --- Retry policy -----------------------------------------------------------
@@ -1065,7 +1069,7 @@ def _asked_wait(headers: http.client.HTTPMessage) -> Optional[float]:
                 seconds = date.timestamp() - time.time()
         except (TypeError, ValueError, IndexError, OverflowError):
             continue  # no date either
-        if 0 < seconds <= MAX_WAIT_MS / 1000:
+        if 0.01 <= seconds <= MAX_WAIT_MS / 1000:
             return seconds
     return None
 
@@ -1197,8 +1201,8 @@ def _authorization(api_key: _Hidden, problems: Problems) -> _Hidden:
         code, place = ord(unsendable[0]), unsendable.start() + 1
         wrong = f"cannot be sent: its character {place} is U+{code:04X}"
         problems.append(("api_key", wrong))
-    is_whole = key.value[:7].lower() == "bearer "
-    return key if is_whole else _Hidden(f"Bearer {key.value}")
+    has_scheme = key.value[:7].lower() == "bearer "
+    return key if has_scheme else _Hidden(f"Bearer {key.value}")
 
 
 def _check_headers(given: Any, problems: Problems) -> Dict[str, str]:
@@ -1295,8 +1299,9 @@ class _Attempt(urllib.request.Request):
         self.proxy: Optional[_Proxy] = None
         self.answer: Optional[_Answer] = None
         self.failure: Optional[APIConnectionError] = None  # or why there is no answer
-        self.is_connected = False
+        self.is_connected = False  # and TLS, where it is wanted, is there
         self.has_left = False  # the last byte of the request was given to the system
+        self.is_accepted = False  # a 2XX began to come, whatever had left
         self._cancelled = cancelled  # set by another thread, to end the call
         self._last = _now() + request.seconds
         self.allow(request.seconds, "no complete answer came")
@@ -1317,8 +1322,9 @@ class _Attempt(urllib.request.Request):
 
     @property
     def sent(self) -> bool:
-        """Whether the agent may run. A GET runs none."""
-        return self.has_left and self.request.method == "POST"
+        """Whether the agent may have run. A GET runs none."""
+        is_there = self.has_left or self.is_accepted
+        return is_there and self.request.method == "POST"
 
     def head(self) -> bytes:
         """The request's line and headers (RFC 9112, sections 2 and 3)."""
@@ -1348,7 +1354,7 @@ class _Answer(http.client.HTTPResponse):
     """An answer, of which `content` was read; `problem` is what is wrong with it."""
 
     def __init__(self, connection: "_Connection", method: str) -> None:
-        # http.client asks a socket for nothing but this stream
+        # what http.client asks of a socket, a connection has: makefile
         super().__init__(cast(Any, connection), method=method)
         self.content = bytearray()
         self.problem = ""
@@ -1418,7 +1424,7 @@ class _Incoming(io.RawIOBase):
     def readinto(self, buffer: Any) -> Optional[int]:
         connection = self._connection
         if connection.attempt is None:
-            return None  # nothing is awaited now
+            return None  # is_done looks at what is there, and reads nothing
         receive = connection.sock.recv_into
         if not connection.is_sending:
             received: int = connection.in_turns(False, receive, buffer)
@@ -1526,7 +1532,7 @@ class _Connection:
         while True:
             answer = _Answer(self, method)
             answer.begin()
-            if self._incoming.at_end:  # which http.client takes for the headers' end
+            if self._incoming.at_end:  # http.client takes that for the end of a head
                 raise http.client.IncompleteRead(b"")
             if answer.status == 101 or answer.status >= 200:
                 return answer
@@ -1546,6 +1552,7 @@ class _Connection:
             self.is_sending = False
         answer = self._read_head(attempt.request.method)
         if 200 <= answer.status < 300:
+            attempt.is_accepted = True
             answer.read_content()
             return answer
         attempt.allow(ERROR_BODY_SECONDS, "the answer did not end")
@@ -1624,7 +1631,7 @@ def _start_to_connect(address: Any) -> socket.socket:
         sock.setblocking(False)
         sock.connect(sock_address)
     except BlockingIOError:
-        pass  # as a rule
+        pass  # as a rule: the selector tells when it is connected
     except BaseException:
         sock.close()
         raise
@@ -1746,9 +1753,11 @@ def _explain_tls(error: ssl.SSLError, is_connected: bool) -> Tuple[str, bool]:
         return "the TLS connection was broken off", True
     if "protocol" in words or "cipher" in words:
         what = "the server and this Python have no TLS version or cipher in common"
+    elif "handshake failure" in words:
+        what = "the server has no TLS cipher in common, or wants a certificate"
     elif words.startswith(("sslv3", "tlsv1", "ssl/tls")):  # what it says in an alert
         # which, in TLS 1.3, may come after the handshake
-        what = "the server refused the TLS connection; does it want a certificate?"
+        what = "the server refused the TLS connection"
     elif is_connected:
         return f"the TLS connection failed ({words})", True
     else:
@@ -1771,7 +1780,7 @@ class _Handler(urllib.request.BaseHandler):
         self._has_warned = False
 
     def add_parent(self, parent: Any) -> None:
-        """Hold no reference to the opener, so that a dropped client ends at once."""
+        """Hold no reference to the opener, as urllib does: a dropped client ends so."""
 
     def http_open(self, attempt: _Attempt) -> _Answer:
         """The answer to an attempt. APIConnectionError if no complete one comes.
@@ -1817,8 +1826,8 @@ class _Handler(urllib.request.BaseHandler):
                 self._connect(connection, attempt)
             answer = connection.exchange(attempt)
             connection.attempt = None
-            is_whole = attempt.has_left and answer.is_framed()
-            is_usable = is_whole and connection.is_done()
+            is_over = attempt.has_left and answer.is_framed()
+            is_usable = is_over and connection.is_done()
         finally:
             if is_usable:
                 self._keep(connection)
@@ -1928,10 +1937,7 @@ def _error_words(data: Any, status: int) -> Tuple[str, str]:
         del beside["error"]
     known = (None, message, status, http.client.responses.get(status))
     details = {name: beside[name] for name in beside if beside[name] not in known}
-    try:
-        return words, json.dumps(details, ensure_ascii=False) if details else ""
-    except RecursionError:  # Python 3.12 reads deeper than it writes
-        return words, ""
+    return words, _json_text(details) if details else ""
 
 
 def _told_by_headers(request: _Request, headers: http.client.HTTPMessage) -> str:
@@ -2023,7 +2029,7 @@ def _encode_extra(extra_body: Any, problems: Problems) -> Dict[str, Any]:
     return extra
 
 
-class _Options(NamedTuple):
+class _Settings(NamedTuple):
     """The parameters of a call that are not about the agent."""
 
     retries: Optional[RetryConfig]
@@ -2091,23 +2097,15 @@ class Responses:
         usable 2XX, and APIConnectionError or APITimeoutError without one. A run that
         failed raises nothing: see `error` of what is returned.
         """
+        # fmt: off
         request = self._prepare(
-            agent_key=agent_key,
-            message=message,
-            task_id=task_id,
-            variables=variables,
-            identity=identity,
-            contact=contact,
-            thread=thread,
-            memory=memory,
-            metadata=metadata,
-            background=background,
-            retries=retries,
-            server_url=server_url,
-            timeout_ms=timeout_ms,
-            http_headers=http_headers,
-            extra_body=extra_body,
+            agent_key=agent_key, message=message, task_id=task_id,
+            variables=variables, identity=identity, contact=contact,
+            thread=thread, memory=memory, metadata=metadata,
+            background=background, retries=retries, server_url=server_url,
+            timeout_ms=timeout_ms, http_headers=http_headers, extra_body=extra_body,
         )
+        # fmt: on
         return self._run(request)
 
     async def create_async(
@@ -2136,23 +2134,15 @@ class Responses:
         """
 
         def work(cancelled: threading.Event) -> CreateAgentResponseResponseBody:
+            # fmt: off
             request = self._prepare(
-                agent_key=agent_key,
-                message=message,
-                task_id=task_id,
-                variables=variables,
-                identity=identity,
-                contact=contact,
-                thread=thread,
-                memory=memory,
-                metadata=metadata,
-                background=background,
-                retries=retries,
-                server_url=server_url,
-                timeout_ms=timeout_ms,
-                http_headers=http_headers,
-                extra_body=extra_body,
+                agent_key=agent_key, message=message, task_id=task_id,
+                variables=variables, identity=identity, contact=contact,
+                thread=thread, memory=memory, metadata=metadata,
+                background=background, retries=retries, server_url=server_url,
+                timeout_ms=timeout_ms, http_headers=http_headers, extra_body=extra_body,
             )
+            # fmt: on
             return self._run(request, cancelled)
 
         return await _in_thread(work)
@@ -2172,7 +2162,7 @@ class Responses:
         Its `status` is "in_progress" until it has ended. The parameters and the errors
         are those of `create`; no agent is run, so `sent` is never true.
         """
-        options = _Options(retries, server_url, timeout_ms, http_headers)
+        options = _Settings(retries, server_url, timeout_ms, http_headers)
         return self._run(self._prepare_get(agent_key, task_id, options))
 
     async def get_async(
@@ -2186,7 +2176,7 @@ class Responses:
         http_headers: Optional[Mapping[str, str]] = None,
     ) -> CreateAgentResponseResponseBody:
         """Do what `get` does, without blocking the event loop; see `create_async`."""
-        options = _Options(retries, server_url, timeout_ms, http_headers)
+        options = _Settings(retries, server_url, timeout_ms, http_headers)
 
         def work(cancelled: threading.Event) -> CreateAgentResponseResponseBody:
             request = self._prepare_get(agent_key, task_id, options)
@@ -2215,12 +2205,14 @@ class Responses:
         if body.identity is not None and body.contact is not None:
             problems.append(("identity", "is the newer name of contact: give one"))
         content.update(_encode_extra(extra_body, problems))
-        data = b"" if problems else _encode_json(content).encode("ascii")
+        encoded = b"" if problems else _encode_json(content).encode("ascii")
         path = f"/v2/agents/{_segment('agent_key', agent_key, problems)}/responses"
-        options = _Options(retries, server_url, timeout_ms, http_headers)
-        return self._prepare_request("POST", path, data, options, problems)
+        options = _Settings(retries, server_url, timeout_ms, http_headers)
+        return self._prepare_request("POST", path, encoded, options, problems)
 
-    def _prepare_get(self, agent_key: str, task_id: str, options: _Options) -> _Request:
+    def _prepare_get(
+        self, agent_key: str, task_id: str, options: _Settings
+    ) -> _Request:
         """The request of `get`. Raises ValidationError."""
         problems: Problems = []
         agent = _segment("agent_key", agent_key, problems)
@@ -2232,7 +2224,7 @@ class Responses:
         method: str,
         path: str,
         body: bytes,
-        options: _Options,
+        options: _Settings,
         problems: Problems,
     ) -> _Request:
         """What the two have in common."""
@@ -2304,7 +2296,7 @@ class Responses:
             message = "attempt %d failed, next in %.1f s: %s"
             _log.warning(message, number, seconds, reason)
             pause(seconds)
-            elapsed += seconds  # whatever a clock says, and even if it was skipped
+            elapsed += seconds  # as tests may have replaced the sleep
 
     def _try(
         self, attempt: _Attempt
@@ -2332,7 +2324,7 @@ class Orq:
     api_key: a text, or a function that returns one (default: ORQ_API_KEY)
     server_url: (default: ORQ_BASE_URL, else https://my.orq.ai)
     timeout_ms: for each attempt, from connecting to the last byte, in
-        milliseconds (default: 600000)
+        milliseconds (default: 600000); nothing ends the look-up of a host's name
     retry_config: what to try again; None tries once (default: DEFAULT_RETRY)
     ssl_context: (default: the platform's, with SSL_CERT_FILE and SSL_CERT_DIR)
     """
@@ -2347,7 +2339,7 @@ class Orq:
         ssl_context: Optional[ssl.SSLContext] = None,
     ) -> None:
         hidden = api_key if isinstance(api_key, _Hidden) else _Hidden(api_key)
-        del api_key  # an error's traceback shows it
+        del api_key  # or an error's traceback would show it
         if ssl_context is not None and not isinstance(ssl_context, ssl.SSLContext):
             raise ValidationError([("ssl_context", "must be an ssl.SSLContext")])
         if retry_config is UNSET:
@@ -2396,25 +2388,17 @@ def create_response(
 ) -> CreateAgentResponseResponseBody:
     """Make one call, with a client of its own. See `Orq` and `Responses.create`."""
     hidden: Any = _Hidden(api_key)
-    del api_key  # an error's traceback shows it
+    del api_key  # or an error's traceback would show it
     with Orq(hidden, ssl_context=ssl_context) as orq:
+        # fmt: off
         return orq.agents.responses.create(
-            agent_key=agent_key,
-            message=message,
-            task_id=task_id,
-            variables=variables,
-            identity=identity,
-            contact=contact,
-            thread=thread,
-            memory=memory,
-            metadata=metadata,
-            background=background,
-            retries=retries,
-            server_url=server_url,
-            timeout_ms=timeout_ms,
-            http_headers=http_headers,
-            extra_body=extra_body,
+            agent_key=agent_key, message=message, task_id=task_id,
+            variables=variables, identity=identity, contact=contact,
+            thread=thread, memory=memory, metadata=metadata,
+            background=background, retries=retries, server_url=server_url,
+            timeout_ms=timeout_ms, http_headers=http_headers, extra_body=extra_body,
         )
+        # fmt: on
 
 
 # --- Command line -----------------------------------------------------------
@@ -2451,7 +2435,7 @@ def _say(text: str) -> None:
         pass
 
 
-class _Log(logging.Handler):
+class _LogHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         _say(self.format(record))
 
@@ -2530,7 +2514,7 @@ def _parse(argv: List[str]) -> Any:
         parser.error("one MESSAGE is wanted, in quotes; only '-' may follow it")
     options.agent_key = words[0] if words else None
     options.text = words[1] if len(words) > 1 else None
-    options.second = len(words) == 3
+    options.has_second = len(words) == 3
     return options
 
 
@@ -2673,7 +2657,7 @@ def _read_message(options: Any, stdin: _Stdin) -> Any:
     texts = [] if options.text is None else [options.text]
     if texts == ["-"] or not is_user:
         texts = [stdin.read_text("MESSAGE")]
-    if options.second:
+    if options.has_second:
         texts.append(stdin.read_text("the second text"))
     if "" in map(str.strip, texts):
         _fail("MESSAGE", "must not be empty (--help says more)")
@@ -2723,9 +2707,9 @@ def _wait_for(responses: Responses, options: Any) -> CreateAgentResponseResponse
     elapsed, failure = 0.0, ""
     while elapsed < limit:
         started, last_failure = _now(), failure
-        answer, failure, asked = _ask(responses, options, min(30.0, limit - elapsed))
-        if answer is not None:
-            return answer
+        res, failure, asked = _ask(responses, options, min(30.0, limit - elapsed))
+        if res is not None:
+            return res
         if failure and not last_failure:
             _log.warning("asking again, after %s", failure)
         elapsed += _now() - started
@@ -2742,7 +2726,7 @@ def _ask(
 ) -> Tuple[Optional[CreateAgentResponseResponseBody], str, float]:
     """(the answer, or None if there is none yet; why; seconds to wait at least)."""
     try:
-        answer = responses.get(
+        res = responses.get(
             agent_key=options.agent_key,
             task_id=_recode(options.wait),
             retries=None,
@@ -2757,65 +2741,65 @@ def _ask(
         if error.status_code not in (429, 502, 503, 504):
             raise
         return None, f"({error})", min(_asked_wait(error.headers) or 0, 60)
-    runs_on = answer.status in ("in_progress", "submitted", "working")
-    return (None if runs_on else answer), "", 0
+    runs_on = res.status in ("in_progress", "submitted", "working")
+    return (None if runs_on else res), "", 0
 
 
-def _print_answer(answer: CreateAgentResponseResponseBody, options: Any) -> int:
+def _print_answer(res: CreateAgentResponseResponseBody, options: Any) -> int:
     """Print an answer, and what there is to say of it; return the exit status."""
-    text = str(answer.task_id or "") if options.background else answer.text
+    text = str(res.task_id or "") if options.background else res.text
     if options.json:
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         ensure_ascii = not encoding.lower().startswith("utf")
         try:
-            text = json.dumps(answer.raw, indent=2, ensure_ascii=ensure_ascii)
+            text = json.dumps(res.raw, indent=2, ensure_ascii=ensure_ascii)
         except RecursionError:  # Python 3.12 reads deeper than it indents
-            text = json.dumps(answer.raw, ensure_ascii=ensure_ascii)
-    status = 1 if answer.error else 0
+            text = json.dumps(res.raw, ensure_ascii=ensure_ascii)
+    status = 1 if res.error else 0
     try:
         if text:
             _print(sys.stdout, text)
     except BrokenPipeError:
         pass  # `| head -1` has seen enough
     except OSError as error:
-        of_task = f" of task {answer.task_id}" if answer.task_id else ""
+        of_task = f" of task {res.task_id}" if res.task_id else ""
         _say(f"cannot print the answer{of_task}: {error.strerror}")
         status = 1
-    for line in _notes(answer, options):
+    for line in _notes(res, options):
         _say(line)
     return status
 
 
-def _notes(answer: CreateAgentResponseResponseBody, options: Any) -> Iterator[str]:
+def _notes(res: CreateAgentResponseResponseBody, options: Any) -> Iterator[str]:
     """What standard error says beside an answer."""
-    if answer.error:
-        yield f"the run failed: {answer.error}"
-    if answer.finish_reason in _CUT:
-        yield f"the answer was cut (finish_reason: {answer.finish_reason})"
-    yield from _next_steps(answer, options.background)
-    is_told = answer.text or answer.error or answer.pending_tool_calls
-    if options.background and not (answer.task_id or answer.error):
+    if res.error:
+        yield f"the run failed: {res.error}"
+    if res.finish_reason in _CUT:
+        yield f"the answer was cut (finish_reason: {res.finish_reason})"
+    yield from _next_steps(res, options.background)
+    is_told = res.text or res.error or res.pending_tool_calls
+    if options.background and not (res.task_id or res.error):
         yield "the answer has no task id (--json shows all of it)"
     elif not (is_told or options.json or options.background):
         yield "the answer has no text (--json shows all of it)"
 
 
 def _next_steps(
-    answer: CreateAgentResponseResponseBody, background: bool
+    res: CreateAgentResponseResponseBody, background: bool
 ) -> Iterator[str]:
     """The options that answer the tool calls that wait, or go on with the task."""
     import shlex
 
-    task_id = answer.task_id if isinstance(answer.task_id, str) else ""
+    task_id = res.task_id if isinstance(res.task_id, str) else ""
     task = f"--task-id={shlex.quote(task_id)}" if task_id else ""
-    for call in _all_of(PendingToolCalls, answer.pending_tool_calls):
+    for call in _all_of(PendingToolCalls, res.pending_tool_calls):
         function = call.function if isinstance(call.function, Function) else Function()
         asked = f"{function.name}({function.arguments})"
         reply = f"--tool-result={shlex.quote(f'{call.id}=JSON')}"
         yield f"{asked} waits for its result: {task} {reply}"
     if task and sys.stderr is not None and sys.stderr.isatty():
         fetch = f"fetch its answer with --wait={shlex.quote(task_id)}"
-        runs_on = background and not answer.error
+        runs_on = background and not res.error
         yield fetch if runs_on else f"continue with {task}"
 
 
@@ -2861,9 +2845,7 @@ def _run_command(options: Any) -> int:
         clock = threading.Thread(target=_show_seconds, args=(done,), daemon=True)
         clock.start()
         try:
-            answer = (
-                _wait_for(responses, options) if is_wait else responses.create(**call)
-            )
+            res = _wait_for(responses, options) if is_wait else responses.create(**call)
         except KeyboardInterrupt:
             if not is_wait:
                 _say("interrupted; the agent may run on")
@@ -2871,12 +2853,12 @@ def _run_command(options: Any) -> int:
         finally:
             done.set()
             clock.join()
-    return _print_answer(answer, options)
+    return _print_answer(res, options)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the command line; return its exit status."""
-    log_handler, level = _Log(), _log.level
+    log_handler, level = _LogHandler(), _log.level
     _log.addHandler(log_handler)
     try:
         options = _parse(list(sys.argv[1:] if argv is None else argv))

@@ -3586,6 +3586,7 @@ class WaitsBetweenAttempts(RetryTest):
         for date in dates:
             with self.subTest(date):
                 self.assertEqual(self.waits_after(("Retry-After", date)), [0.5])
+        self.assertEqual(self.waits_after(("retry-after-ms", "0.1")), [0.5])  # a storm
         for value in values[:4]:
             with self.subTest(value):
                 headers = ("Retry-After", "3"), ("retry-after-ms", value)
@@ -5867,6 +5868,20 @@ class MoreFaultsInWords(ServerTest):
         server = self.server(reply(b'{"message": "bad test-key-123"}', "401 No"))
         orq = self.client(server, api_key="Bearer  test-key-123")
         self.assertEqual(self.failure(orq).message, "bad ***")
+
+    def test_a_2xx_that_began_to_come_is_followed_by_no_attempt(self):
+        """The agent has run, though not all of the request had left."""
+
+        def begin(peer):
+            peer.send(head("200 OK", "Content-Length: 100") + b"{")
+            peer.close()
+
+        server = self.server(begin, early=True)
+        config = orq_min.RetryConfig(backoff=SOON)
+        error = self.failure(self.client(server), text=LARGE, retries=config)
+        self.assertIsInstance(error, orq_min.APIConnectionError)
+        self.assertTrue(error.sent)
+        self.assertEqual(len(server.requests), 1)
 
 
 # ----------------------------------------------------------------------------
