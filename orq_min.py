@@ -1195,7 +1195,7 @@ def _authorization(api_key: _Hidden, problems: Problems) -> _Hidden:
             ("api_key", "required: set ORQ_API_KEY (export ORQ_API_KEY=...)")
         )
     elif key.value[0] in "\"'" and key.value[-1] == key.value[0]:
-        wrong = "is in quotes, as `docker --env-file` keeps them: take them away"
+        wrong = "is in quotes, as `docker --env-file` keeps them: remove them"
         problems.append(("api_key", wrong))
     elif unsendable:
         code, place = ord(unsendable[0]), unsendable.start() + 1
@@ -2509,7 +2509,7 @@ def _parse(argv: List[str]) -> Any:
         parser.error(f"unknown option {option}{close and f', did you mean {close}?'}")
     words = [_recode(word) for word in options.words + argv[end + 1 :]]
     if not words and argv not in (["-v"], ["--verbose"]):
-        parser.error("AGENT_KEY is missing: give the agent's key, and then a message")
+        parser.error("AGENT_KEY is missing: first the agent's key, then a message")
     if len(words) > 3 or (len(words) == 3 and words[2] != "-"):
         parser.error("one MESSAGE is wanted, in quotes; only '-' may follow it")
     options.agent_key = words[0] if words else None
@@ -2611,8 +2611,10 @@ def _pairs_option(option: str, texts: Optional[List[str]], stdin: _Stdin) -> Any
     merged: Dict[str, Any] = {}
     for text in texts:
         name, equals, value = _recode(text).partition("=")
-        is_pair = equals and not re.match(_JSON_OR_FILE, text)
-        pairs = {name: value} if is_pair else _json_option(option, text, stdin)
+        is_json = re.match(_JSON_OR_FILE, text)
+        if not equals and not is_json:
+            _fail(option, f"{text!r} is neither NAME=VALUE nor JSON nor @FILE")
+        pairs = _json_option(option, text, stdin) if is_json else {name: value}
         if not isinstance(pairs, dict):
             _fail(option, "must be an object")
         for name in pairs:
