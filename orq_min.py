@@ -19,7 +19,8 @@ What goes out is checked first: all that is wrong is said at once, by its path, 
 nothing is sent. What comes back is kept: a 2XX that holds a JSON object is never
 refused for what it lacks. An agent run costs money and is not idempotent, so by
 default only what did not leave completely, and 429, are retried. No redirect is
-followed: nobody but `server_url` is given the key.
+followed: the key goes to `server_url` alone (if that is http://, then in clear, and
+through any proxy).
 
     OrqError                 base of every error of this module
       ValidationError        the call is wrong; nothing was sent (a ValueError too)
@@ -29,8 +30,8 @@ followed: nobody but `server_url` is given the key.
 
 Environment: ORQ_API_KEY, ORQ_BASE_URL, the proxy variables that urllib reads, and
 those of Python's ssl: SSL_CERT_FILE, SSL_CERT_DIR, SSLKEYLOGFILE. Logger: this
-module's name; each retry is logged at WARNING, each attempt at DEBUG, never with a
-header or a body.
+module's name; each retry is logged at WARNING, and once a key that goes in clear;
+each attempt at DEBUG; never a header or a body.
 """
 
 import datetime
@@ -160,7 +161,7 @@ class APIError(OrqError):
 class APIConnectionError(OrqError):
     """No complete answer came.
 
-    `sent`: the whole request had left, so the agent may have run.
+    `sent`: the agent may have run, as the whole request had left, or a 2XX had begun.
     `temporary`: another attempt may do better.
     """
 
@@ -674,17 +675,17 @@ def _json_fields(model: Any) -> Dict[str, _JsonField]:
     annotations = typing.get_type_hints(model, globals())
     found = {}
     for name in [own.name for own in fields(model)]:
-        allowed, choices = _allowed_by(annotations[name]), _of(_CHOICES, model)
+        allowed, choices = _allowed_by(annotations[name]), _entry_for(_CHOICES, model)
         own = _JsonField(name, allowed, choices.get(name, ()))
         found[_json_name(model, name)] = own
     return found
 
 
 def _json_name(model: Any, name: Any) -> Any:
-    return _of(_JSON_NAMES, model).get(name, name)
+    return _entry_for(_JSON_NAMES, model).get(name, name)
 
 
-def _of(table: Dict[Any, Any], model: Any) -> Dict[str, Any]:
+def _entry_for(table: Dict[Any, Any], model: Any) -> Dict[str, Any]:
     """What a table says of a class, or of the class that it is derived from."""
     return next((table[cls] for cls in model.__mro__ if cls in table), {})
 
@@ -758,11 +759,11 @@ def _encode_object(
         content = given.pop(name, None)
         if own.python_name in given:  # a mapping may have this spelling, or both
             other = given.pop(own.python_name)
-            content = _only(content, other, _at(path, name), problems)
+            content = _one_of_two(content, other, _at(path, name), problems)
         if content is not None:
             where, count = _at(path, name), len(problems)
             encoded[name] = _encode(own.allowed, content, where, problems)
-            wrong = _wrong_text(own, content) if len(problems) == count else ""
+            wrong = _text_problem(own, content) if len(problems) == count else ""
             if wrong:
                 problems.append((where, wrong))
         elif own.allowed.required:
@@ -773,7 +774,7 @@ def _encode_object(
     return encoded
 
 
-def _only(first: Any, second: Any, path: str, problems: Problems) -> Any:
+def _one_of_two(first: Any, second: Any, path: str, problems: Problems) -> Any:
     """That of the two which is given."""
     if first is not None and second is not None:
         problems.append((path, "given in two spellings"))
@@ -791,7 +792,7 @@ def _no_model(
     return _at(path, "kind"), "required" if is_missing else f"must be {kinds}"
 
 
-def _wrong_text(own: _JsonField, value: Any) -> str:
+def _text_problem(own: _JsonField, value: Any) -> str:
     """What is wrong with the value of a field, whose class is right, or ""."""
     if own.choices and value not in own.choices:
         return "must be " + " or ".join(map(repr, own.choices))
@@ -928,7 +929,8 @@ def _decode_object(model: Any, given: Dict[str, Any]) -> Any:
             content = []  # programs loop over it
         attributes[own.python_name] = _decode(own.allowed, content)
     for name, content in rest.items():
-        if not name.startswith("_") and not hasattr(model, name):
+        is_free = name not in attributes and not hasattr(model, name)
+        if is_free and not name.startswith("_"):
             attributes[name] = content
     return decoded
 
@@ -988,7 +990,8 @@ class RetryConfig:
     429. False and True are those of the official client, under which an agent may run
     again and again: 429, 500, 502, 503 and 504, and, if True, whatever brought no
     complete answer. `status_codes_override`, such as ["429", "5XX"], takes the place
-    of the statuses. A 2XX is never retried. ValidationError if a value is another.
+    of the statuses. A 2XX that has come is never retried. The default of `backoff` goes
+    on for an hour, DEFAULT_RETRY's for 30 s. ValidationError if a value is another.
     """
 
     strategy: str = "backoff"  # "none" tries once
@@ -1106,6 +1109,9 @@ class _Hidden:
 
     def __init__(self, value: Any) -> None:
         self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Hidden) and self.value == other.value
 
     def __repr__(self) -> str:
         return "'***'"
@@ -1262,14 +1268,14 @@ class _ProxyFault(OSError):
 class _Proxy(NamedTuple):
     host: str
     port: int
-    authorization: str  # "" if its URL has no user
+    authorization: _Hidden  # of "" if its URL has no user
 
 
 def _now(clock: Callable[[], float] = time.perf_counter) -> float:
-    """Seconds of a clock that libraries for tests do not freeze or move.
+    """Seconds. Bound here as a default, the clock is not one that a test has patched.
 
-    They patch the attributes of modules, and some of them time.monotonic itself; not a
-    default that was bound when this was defined.
+    Libraries that freeze time replace the attributes of modules, and some of them
+    time.monotonic itself.
     """
     return clock()
 
@@ -1339,14 +1345,13 @@ class _Attempt(urllib.request.Request):
         )  # a wrapper's, such as of traces
         if problems:
             raise ValidationError(problems)
-        if proxied and self.proxy and self.proxy.authorization:
-            headers["Proxy-Authorization"] = self.proxy.authorization
         # no variable is ever the whole, as it has the key
+        to_proxy = self.proxy.authorization if proxied and self.proxy else _Hidden("")
         lines = (f"{name}: {value}\r\n" for name, value in headers.items())
         key = self.request.authorization
         return (
             f"{self.request.method} {target} HTTP/1.1\r\n"
-            f"Authorization: {key.value}\r\n{''.join(lines)}\r\n"
+            f"{to_proxy.value}Authorization: {key.value}\r\n{''.join(lines)}\r\n"
         ).encode("latin-1")
 
 
@@ -1432,7 +1437,7 @@ class _Incoming(io.RawIOBase):
             try:
                 received = receive(buffer)
             except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
-                return None
+                return None  # nothing is there yet
         self.at_end = not received
         return received
 
@@ -1485,8 +1490,12 @@ class _Connection:
                 raise _AnsweredEarly()
 
     def _is_answered(self) -> bool:
-        """Whether a final answer has begun to come; one of 1XX is not final."""
-        return self._reader.peek(16)[9:10] in (b"2", b"3", b"4", b"5")
+        """Whether a final answer has begun to come; those of 1XX are passed over."""
+        received = self._reader.peek(1)
+        while received[9:10] == b"1" and b"\r\n\r\n" in received:
+            self._reader.read(received.index(b"\r\n\r\n") + 4)
+            received = self._reader.peek(1)
+        return received[9:10] in (b"2", b"3", b"4", b"5")
 
     def send(self, view: memoryview) -> None:
         while view:
@@ -1518,10 +1527,9 @@ class _Connection:
 
     def _open_tunnel(self, server: str, proxy: _Proxy) -> None:
         """Ask the proxy for a tunnel (RFC 9110, section 9.3.6)."""
-        head = f"CONNECT {server} HTTP/1.1\r\nHost: {server}\r\n"
-        if proxy.authorization:
-            head += f"Proxy-Authorization: {proxy.authorization}\r\n"
-        self.send(memoryview(f"{head}\r\n".encode("latin-1")))
+        start = f"CONNECT {server} HTTP/1.1\r\nHost: {server}\r\n"
+        head = _Hidden(f"{start}{proxy.authorization.value}\r\n".encode("latin-1"))
+        self.send(memoryview(head.value))
         status = self._read_head("CONNECT").status
         if not 200 <= status < 300:
             phrase = http.client.responses.get(status, "")
@@ -1547,7 +1555,7 @@ class _Connection:
             self.send(memoryview(body)[BLOCK_BYTES:])
             attempt.has_left = True
         except (_AnsweredEarly, ConnectionError, ssl.SSLError):
-            pass  # a server may answer (401, 413) before it has all, and hang up
+            pass  # a server may answer (401, 413) before it has all; has_left is false
         finally:
             self.is_sending = False
         answer = self._read_head(attempt.request.method)
@@ -1652,14 +1660,14 @@ def _parse_proxy(url: str) -> _Proxy:
         raise fault from None
     if not host:
         raise fault
-    authorization = ""
+    authorization = _Hidden("")
     if parts.username is not None:
         import base64
 
         user = urllib.parse.unquote(parts.username)
         pair = f"{user}:{urllib.parse.unquote(parts.password or '')}"
-        pair_bytes = pair.encode("utf-8", "surrogateescape")  # as the system gave it
-        authorization = f"Basic {base64.b64encode(pair_bytes).decode()}"
+        encoded = base64.b64encode(pair.encode("utf-8", "surrogateescape")).decode()
+        authorization = _Hidden(f"Proxy-Authorization: Basic {encoded}\r\n")
     return _Proxy(host, port, authorization)
 
 
@@ -1671,7 +1679,9 @@ def _make_tls_context() -> ssl.SSLContext:
     try:
         context = ssl.create_default_context()
     except OSError as error:
-        raise _unusable("SSLKEYLOGFILE", error) from None
+        if isinstance(error, ssl.SSLError) or "SSLKEYLOGFILE" not in os.environ:
+            raise
+        raise _error_of_file("SSLKEYLOGFILE", error) from None
     # up to Python 3.9, the default is what the system allows
     context.minimum_version = max(context.minimum_version, ssl.TLSVersion.TLSv1_2)
     file = os.environ.get("SSL_CERT_FILE")
@@ -1687,14 +1697,14 @@ def _make_tls_context() -> ssl.SSLContext:
         wrong = f"{file!r} holds no certificates in PEM"
         raise ValidationError([("SSL_CERT_FILE", wrong)]) from None
     except OSError as error:
-        raise _unusable("SSL_CERT_FILE", error) from None
+        raise _error_of_file("SSL_CERT_FILE", error) from None
     if directories and not any(map(os.path.isdir, directories.split(os.pathsep))):
         wrong = f"{directories!r} names no directory that exists"
         raise ValidationError([("SSL_CERT_DIR", wrong)])
     return context
 
 
-def _unusable(variable: str, error: OSError) -> Exception:
+def _error_of_file(variable: str, error: OSError) -> Exception:
     """What it means that the file cannot be opened which a variable names."""
     if error.errno in (errno.EMFILE, errno.ENFILE) or _is_of_a_signal(error):
         return error  # no fault of the file
@@ -1703,10 +1713,10 @@ def _unusable(variable: str, error: OSError) -> Exception:
 
 
 def _is_of_a_signal(error: Exception) -> bool:
-    """Whether it is a time-out that a signal's handler raised.
+    """Whether it is a time-out that a signal's handler raised, and so must pass.
 
-    Our sockets have none, and the system's has its number, which is another on Windows
-    (socket.timeout is TimeoutError since Python 3.10).
+    It has not the number of the system's own, which is another on Windows; our sockets
+    have no time-out (socket.timeout is TimeoutError since Python 3.10).
     """
     is_time_out = isinstance(error, (TimeoutError, socket.timeout))
     return is_time_out and cast(OSError, error).errno not in (errno.ETIMEDOUT, 10060)
@@ -1770,9 +1780,9 @@ class _Handler(urllib.request.BaseHandler):
 
     def __init__(self, context: Optional[ssl.SSLContext]) -> None:
         self._proxies = urllib.request.getproxies()
-        self._context = context  # one with which a handshake has succeeded, or a given
-        self._new_context: Optional[ssl.SSLContext] = None  # none has yet
-        self._locks: Dict[int, threading.RLock] = {}  # for that, by process
+        self._context = context  # given, or proven by a handshake
+        self._new_context: Optional[ssl.SSLContext] = None  # not proven yet
+        self._locks: Dict[int, threading.RLock] = {}  # by process, to make one
         # by when they were used last, the oldest first; who pops one has it, so that
         # neither threads nor a signal's handler need a lock
         self._idle: Dict[_Connection, float] = {}
@@ -1780,7 +1790,7 @@ class _Handler(urllib.request.BaseHandler):
         self._has_warned = False
 
     def add_parent(self, parent: Any) -> None:
-        """Hold no reference to the opener, as urllib does: a dropped client ends so."""
+        """Keep no reference to the opener, so that a dropped client is freed at once."""
 
     def http_open(self, attempt: _Attempt) -> _Answer:
         """The answer to an attempt. APIConnectionError if no complete one comes.
@@ -1798,8 +1808,10 @@ class _Handler(urllib.request.BaseHandler):
             cause = error if isinstance(error, OSError) else None
         if attempt.proxy:
             what += f" (proxy {attempt.proxy.host}:{attempt.proxy.port})"
-        outcome = "the agent may have run, but" if attempt.sent else "not sent:"
-        if attempt.request.method == "GET":
+        outcome = "not sent completely:" if attempt.is_connected else "not sent:"
+        if attempt.sent:
+            outcome = "the agent may have run, but"
+        elif attempt.request.method == "GET":
             outcome = "no answer:"
         text = f"{attempt.request.method} {attempt.full_url}: {outcome} {what}"
         error_class = APITimeoutError if is_late else APIConnectionError
@@ -1834,7 +1846,7 @@ class _Handler(urllib.request.BaseHandler):
             else:
                 connection.close()
         if answer.status == 407 and attempt.proxy and attempt.type == "http":
-            attempt.has_left = False  # for the server
+            attempt.has_left = False  # for the proxy, but not for the server
             raise _ProxyFault(
                 "the proxy refused with 407 Proxy Authentication Required"
             )
@@ -1866,7 +1878,7 @@ class _Handler(urllib.request.BaseHandler):
         try:
             connection.connect(attempt, context)
         except BaseException:
-            # a process short of file descriptors gets a context without authorities
+            # made by a process short of file descriptors, it has no authorities
             if self._new_context is context:
                 self._new_context = None
             raise
@@ -2308,7 +2320,11 @@ class Responses:
             if error is not attempt.failure:
                 raise
             return error
-        return _read_answer(attempt.request, cast(_Answer, attempt.answer))
+        if attempt.answer is None:
+            failure = APIConnectionError("a wrapper of urllib's opener gave no answer")
+            failure.temporary = False
+            return attempt.failure or failure
+        return _read_answer(attempt.request, attempt.answer)
 
 
 class Agents:
@@ -2472,7 +2488,7 @@ def _add_options(parser: Any) -> None:
     text = "for each attempt (600); with --wait, for all of the waiting (no end)"
     add("--timeout", metavar="SECONDS", type=float, help=text)
     either = parser.add_mutually_exclusive_group().add_argument
-    text = "try again whatever failed, for an hour: the agent may run many times"
+    text = "for an hour, whatever may help: the agent may run many times"
     either("--retry", action="store_true", help=text)
     either("--no-retry", action="store_true", help="try once")
     add("--json", action="store_true", help="print the whole answer, indented")

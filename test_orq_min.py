@@ -5710,6 +5710,17 @@ class WrappersOfTheOpener(ServerTest):
             self.assertEqual(self.call(self.client(server)), "hi")
         self.assertEqual(read, [saying("hi")])
 
+    def test_it_may_swallow_a_failure_or_the_request(self):
+        def swallow(request, perform):
+            with contextlib.suppress(orq_min.OrqError):
+                perform()
+
+        for wrap, words in ((swallow, "closed"), (lambda *_: None, "wrapper")):
+            server = self.server(hang_up)
+            with self.wrapped(wrap):
+                error = self.failure(self.client(server), orq_min.APIConnectionError)
+            self.assertIn(words, str(error))
+
     def test_a_header_of_its_own_is_checked_and_replaces_none_of_ours(self):
         server = self.server()
         orq = self.client(server)
@@ -5780,6 +5791,8 @@ class ServersThatAnswerEarly(ServerTest):
 
     def test_a_refusal_ends_the_sending(self):
         def refuse(peer):
+            peer.send(head("100 Continue"))
+            peer.pause(0.4)
             peer.send(reply(b'{"message": "go away"}', "413 Payload Too Large"))
             peer.pause(20)  # and reads no more
 
@@ -5862,6 +5875,14 @@ class MoreFaultsInWords(ServerTest):
         self.assertIsInstance(error, orq_min.APIConnectionError)
         self.assertTrue(error.sent)
         self.assertEqual(len(server.requests), 1)
+
+    def test_a_field_in_pythons_spelling_takes_no_others_place(self):
+        file = {"bytes": "good", "bytes_": "other"}
+        parts = [{"kind": "file", "file": file}]
+        body = json.dumps({"output": [{"parts": parts}]}).encode()
+        create = self.client(self.server(reply(body))).agents.responses.create
+        (message,) = create(agent_key="a", message="hi").output
+        self.assertEqual(message.parts[0].file.bytes_, "good")
 
 
 # ----------------------------------------------------------------------------
