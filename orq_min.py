@@ -29,9 +29,10 @@ through any proxy).
         APITimeoutError      ... in time
 
 Environment: ORQ_API_KEY, ORQ_BASE_URL, the proxy variables that urllib reads, and
-those of Python's ssl: SSL_CERT_FILE, SSL_CERT_DIR, SSLKEYLOGFILE. Logger: this
-module's name; each retry is logged at WARNING, and once a key that goes in clear;
-each attempt at DEBUG; never a header or a body.
+those of Python's ssl: SSL_CERT_FILE and SSL_CERT_DIR (with either of them,
+VERIFY_X509_STRICT is off) and SSLKEYLOGFILE. Logger: this module's name; each retry is
+logged at WARNING, and once a key that goes in clear; each attempt at DEBUG; never a
+header or a body.
 """
 
 import datetime
@@ -763,7 +764,7 @@ def _encode_object(
         if content is not None:
             where, count = _at(path, name), len(problems)
             encoded[name] = _encode(own.allowed, content, where, problems)
-            wrong = _text_problem(own, content) if len(problems) == count else ""
+            wrong = _content_problem(own, content) if len(problems) == count else ""
             if wrong:
                 problems.append((where, wrong))
         elif own.allowed.required:
@@ -792,7 +793,7 @@ def _no_model(
     return _at(path, "kind"), "required" if is_missing else f"must be {kinds}"
 
 
-def _text_problem(own: _JsonField, value: Any) -> str:
+def _content_problem(own: _JsonField, value: Any) -> str:
     """What is wrong with the value of a field, whose class is right, or ""."""
     if own.choices and value not in own.choices:
         return "must be " + " or ".join(map(repr, own.choices))
@@ -990,8 +991,8 @@ class RetryConfig:
     429. False and True are those of the official client, under which an agent may run
     again and again: 429, 500, 502, 503 and 504, and, if True, whatever brought no
     complete answer. `status_codes_override`, such as ["429", "5XX"], takes the place
-    of the statuses. A 2XX that has come is never retried. The default of `backoff` goes
-    on for an hour, DEFAULT_RETRY's for 30 s. ValidationError if a value is another.
+    of the statuses. A complete 2XX is never retried. The default of `backoff` goes on
+    for an hour, DEFAULT_RETRY's for 30 s. ValidationError if a value is another.
     """
 
     strategy: str = "backoff"  # "none" tries once
@@ -1345,7 +1346,7 @@ class _Attempt(urllib.request.Request):
         )  # a wrapper's, such as of traces
         if problems:
             raise ValidationError(problems)
-        # no variable is ever the whole, as it has the key
+        # no variable is the whole: it has the key, and a traceback may be recorded
         to_proxy = self.proxy.authorization if proxied and self.proxy else _Hidden("")
         lines = (f"{name}: {value}\r\n" for name, value in headers.items())
         key = self.request.authorization
@@ -1539,7 +1540,12 @@ class _Connection:
         """The start of the final answer (RFC 9110, section 15.2)."""
         while True:
             answer = _Answer(self, method)
-            answer.begin()
+            try:
+                answer.begin()
+            finally:  # even if its head breaks off
+                is_2xx = str(answer.status).startswith("2")
+                attempt = cast(_Attempt, self.attempt)
+                attempt.is_accepted = is_2xx and method != "CONNECT"
             if self._incoming.at_end:  # http.client takes that for the end of a head
                 raise http.client.IncompleteRead(b"")
             if answer.status == 101 or answer.status >= 200:
@@ -1559,8 +1565,7 @@ class _Connection:
         finally:
             self.is_sending = False
         answer = self._read_head(attempt.request.method)
-        if 200 <= answer.status < 300:
-            attempt.is_accepted = True
+        if attempt.is_accepted:
             answer.read_content()
             return answer
         attempt.allow(ERROR_BODY_SECONDS, "the answer did not end")
@@ -1649,6 +1654,7 @@ def _start_to_connect(address: Any) -> socket.socket:
 def _parse_proxy(url: str) -> _Proxy:
     """The proxy that a variable of the environment names."""
     kind, separator, rest = url.rpartition("://")
+    # one of https:// is spoken to in plain HTTP, too, as urllib does
     if separator and kind.lower() not in ("http", "https"):
         kind = kind if re.fullmatch("[A-Za-z0-9+.-]+", kind) else "such"
         raise _ProxyFault(f"{kind} proxies cannot be used, only those of HTTP")
@@ -1715,8 +1721,8 @@ def _error_of_file(variable: str, error: OSError) -> Exception:
 def _is_of_a_signal(error: Exception) -> bool:
     """Whether it is a time-out that a signal's handler raised, and so must pass.
 
-    It has not the number of the system's own, which is another on Windows; our sockets
-    have no time-out (socket.timeout is TimeoutError since Python 3.10).
+    Our sockets have none; the system's own has ETIMEDOUT, on Windows 10060
+    (socket.timeout is TimeoutError since Python 3.10).
     """
     is_time_out = isinstance(error, (TimeoutError, socket.timeout))
     return is_time_out and cast(OSError, error).errno not in (errno.ETIMEDOUT, 10060)
@@ -1974,7 +1980,7 @@ def _read_answer(
     if 200 <= answer.status < 300 and not problem:
         if isinstance(data, dict):
             return _decode_answer(data)
-        problem = "the answer is not a JSON object"
+        problem = "the answer is not a JSON object that Python reads"
     location = answer.headers.get("location")
     if 300 <= answer.status < 400 and location:
         problem = f"redirect to {_target(location)} not followed; server_url can be set"
@@ -2102,7 +2108,7 @@ class Responses:
         retries: what to try again; None tries once (default: the client's)
         server_url: in place of the client's
         timeout_ms: milliseconds for each attempt, in place of the client's
-        http_headers: to add, or to send in place of ours
+        http_headers: to add, or to send in place of ours, Authorization too
         extra_body: fields of the body that this file does not know
 
         Raises ValidationError before anything is sent, APIError for any answer but a
@@ -2322,7 +2328,7 @@ class Responses:
             return error
         if attempt.answer is None:
             failure = APIConnectionError("a wrapper of urllib's opener gave no answer")
-            failure.temporary = False
+            failure.sent, failure.temporary = attempt.sent, False
             return attempt.failure or failure
         return _read_answer(attempt.request, attempt.answer)
 
@@ -2515,7 +2521,7 @@ def _parse(argv: List[str]) -> Any:
         allow_abbrev=False,
     )
     _add_options(parser)
-    # what follows "--" is text; Python 3.13 changed what argparse makes of it
+    # what follows "--" is no option; Python 3.13 changed what argparse makes of it
     end = argv.index("--") if "--" in argv else len(argv)
     options, unknown = parser.parse_known_intermixed_args(argv[:end])
     if unknown:
@@ -2758,7 +2764,8 @@ def _ask(
     except APIError as error:
         if error.status_code not in (429, 502, 503, 504):
             raise
-        return None, f"({error})", min(_asked_wait(error.headers) or 0, 60)
+        failure = f"(status {error.status_code})"
+        return None, failure, min(_asked_wait(error.headers) or 0, 60)
     runs_on = res.status in ("in_progress", "submitted", "working")
     return (None if runs_on else res), "", 0
 

@@ -5865,16 +5865,21 @@ class MoreFaultsInWords(ServerTest):
     def test_a_2xx_that_began_to_come_is_followed_by_no_attempt(self):
         """The agent has run, though not all of the request had left."""
 
-        def begin(peer):
-            peer.send(head("200 OK", "Content-Length: 100") + b"{")
-            peer.close()
+        for start in (
+            head("200 OK", "Content-Length: 9") + b"{",
+            b"HTTP/1.1 200 OK\r\nX: ",
+        ):
 
-        server = self.server(begin, early=True)
-        config = orq_min.RetryConfig(backoff=SOON)
-        error = self.failure(self.client(server), text=LARGE, retries=config)
-        self.assertIsInstance(error, orq_min.APIConnectionError)
-        self.assertTrue(error.sent)
-        self.assertEqual(len(server.requests), 1)
+            def begin(peer, start=start):
+                peer.send(start)
+                peer.close()
+
+            server = self.server(begin, early=True)
+            config = orq_min.RetryConfig(backoff=SOON)
+            error = self.failure(self.client(server), text=LARGE, retries=config)
+            self.assertIsInstance(error, orq_min.APIConnectionError)
+            self.assertTrue(error.sent)
+            self.assertEqual(len(server.requests), 1)
 
     def test_a_field_in_pythons_spelling_takes_no_others_place(self):
         file = {"bytes": "good", "bytes_": "other"}
