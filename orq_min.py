@@ -667,6 +667,7 @@ class _JsonField(NamedTuple):
     python_name: str
     allowed: _Allowed
     choices: Tuple[str, ...]  # of a text; () if it is free
+    is_special: bool  # see `_content_problems`
 
 
 @functools.lru_cache(maxsize=None)  # so that the annotations of a class are read once
@@ -677,7 +678,8 @@ def _json_fields(model: Any) -> Dict[str, _JsonField]:
     found = {}
     for name in [own.name for own in fields(model)]:
         allowed, choices = _allowed_by(annotations[name]), _entry_for(_CHOICES, model)
-        own = _JsonField(name, allowed, choices.get(name, ()))
+        is_special = name in choices or name == "bytes_"
+        own = _JsonField(name, allowed, choices.get(name, ()), is_special)
         found[_json_name(model, name)] = own
     return found
 
@@ -750,23 +752,24 @@ def _encode_object(
 ) -> Dict[str, Any]:
     """The JSON form of one of the dataclasses, or of a mapping that stands for it."""
     is_mapping = not isinstance(value, models)
-    given = dict(value if is_mapping else vars(value))
+    given = dict(value) if is_mapping else vars(value)
     model: Any = _choose(models, given) if is_mapping else type(value)
     if model is None:
         problems.append(_no_model(models, given, path))
         return {}
     encoded: Dict[str, Any] = {}
     for name, own in _json_fields(model).items():
-        content = given.pop(name, None)
-        if own.python_name in given:  # a mapping may have this spelling, or both
-            other = given.pop(own.python_name)
-            content = _one_of_two(content, other, _at(path, name), problems)
+        if is_mapping:
+            content = _pop(given, name, own.python_name, path, problems)
+        else:
+            content = given.get(own.python_name)
         if content is not None:
             where, count = _at(path, name), len(problems)
             encoded[name] = _encode(own.allowed, content, where, problems)
-            wrong = _content_problem(own, content) if len(problems) == count else ""
-            if wrong:
-                problems.append((where, wrong))
+            if own.is_special and len(problems) == count:
+                problems += [
+                    (where, wrong) for wrong in _content_problems(own, content)
+                ]
         elif own.allowed.required:
             problems.append((_at(path, name), "required"))
     if is_mapping:
@@ -775,11 +778,14 @@ def _encode_object(
     return encoded
 
 
-def _one_of_two(first: Any, second: Any, path: str, problems: Problems) -> Any:
-    """That of the two which is given."""
-    if first is not None and second is not None:
-        problems.append((path, "given in two spellings"))
-    return second if first is None else first
+def _pop(
+    given: Dict[Any, Any], name: str, python_name: str, path: str, problems: Problems
+) -> Any:
+    """The value of a field of a mapping, which may name it as Python does, too."""
+    content, other = given.pop(name, None), given.pop(python_name, None)
+    if content is not None and other is not None:
+        problems.append((_at(path, name), "given in two spellings"))
+    return other if content is None else content
 
 
 def _no_model(
@@ -793,18 +799,17 @@ def _no_model(
     return _at(path, "kind"), "required" if is_missing else f"must be {kinds}"
 
 
-def _content_problem(own: _JsonField, value: Any) -> str:
-    """What is wrong with the value of a field, whose class is right, or ""."""
+def _content_problems(own: _JsonField, value: str) -> Iterator[str]:
+    """What is wrong with a text that may not be any text."""
     if own.choices and value not in own.choices:
-        return "must be " + " or ".join(map(repr, own.choices))
+        yield "must be " + " or ".join(map(repr, own.choices))
     if own.python_name == "bytes_":  # of BinaryFormat
         alphabet = string.ascii_letters + string.digits + "+/=-_\r\n"
         # translate, as a regular expression takes a second for a large file; whether
         # the padding is right is for the service to say
         others = value.encode("utf-8", "replace").translate(None, alphabet.encode())
         if others or not value.strip():
-            return "must be base64 text (FilePart.from_path makes it of a file)"
-    return ""
+            yield "must be base64 text (FilePart.from_path makes it of a file)"
 
 
 def _unknown(name: Any, known: Sequence[str]) -> str:

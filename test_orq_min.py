@@ -18,7 +18,6 @@ import copy
 import dataclasses
 import datetime
 import decimal
-import email.utils
 import enum
 import errno
 import functools
@@ -1111,14 +1110,13 @@ PUBLIC_NAMES = """
 STATE = """
 import logging, os, signal, socket, threading, urllib.request, warnings
 def state():
-    logger = logging.getLogger("orq_min")
+    root, logger = logging.root, logging.getLogger("orq_min")
     return (
-        urllib.request._opener, logging.root.handlers[:], logging.root.level,
-        logger.handlers[:], logger.level, logger.propagate, logging.raiseExceptions,
-        warnings.filters[:], socket.getdefaulttimeout(), sys.excepthook,
-        [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)],
-        threading.active_count(), dict(os.environ), sys.path[:],
-        sys.getrecursionlimit(),
+        urllib.request._opener, root.handlers[:], root.level, logger.handlers[:],
+        logger.level, logger.propagate, logging.raiseExceptions, warnings.filters[:],
+        socket.getdefaulttimeout(), sys.excepthook, dict(os.environ), sys.path[:],
+        signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM),
+        threading.active_count(), sys.getrecursionlimit(),
     )
 before = state()
 import orq_min
@@ -1126,13 +1124,14 @@ print([pair for pair in zip(before, state()) if pair[0] != pair[1]])
 """
 
 # How a test loads a copy of the file: (its name, code that makes `m`)
+AS_IT_IS = ("orq_min.py", "import orq_min as m")
 WAYS_TO_LOAD = {
     "under another name": ("vendored.py", "import vendored as m"),
     "inside a package": ("host/net/orq.py", "from host.net import orq as m"),
     "from a zip": ("lib.zip", "sys.path[0] += '/lib.zip'; import orq_min as m"),
-    "from a read-only directory": ("orq_min.py", "import orq_min as m"),
-    "without docstrings": ("orq_min.py", "import orq_min as m"),
-    "with annotations that are text": ("orq_min.py", "import orq_min as m"),
+    "from a read-only directory": AS_IT_IS,
+    "without docstrings": AS_IT_IS,
+    "with annotations that are text": AS_IT_IS,
     "by importlib, without being registered": (
         "plugin.py",
         "import importlib.util as u\n"
@@ -1182,7 +1181,8 @@ class OneFile(LoopbackTest):
         self.assertEqual(done.stderr.decode(), "")
         return done.stdout.decode().strip()
 
-    def test_importing_it_pulls_in_nothing_that_a_call_may_not_need(self):
+    def test_importing_it_pulls_in_little_and_prints_and_configures_nothing(self):
+        self.assertEqual(self.python(STATE), "[]")
         code = "import urllib.request, json, dataclasses, typing, logging\n"
         code += "before = set(sys.modules); import orq_min\n"
         pulled_in = self.python(code + "print(*set(sys.modules) - before)").split()
@@ -1190,11 +1190,12 @@ class OneFile(LoopbackTest):
         late = "argparse asyncio base64 difflib mimetypes decimal uuid gzip shlex"
         self.assertEqual(set(late.split()) & set(pulled_in), set())
 
-    def test_importing_it_prints_and_configures_nothing(self):
-        self.assertEqual(self.python(STATE), "[]")
-
     def test_it_works_wherever_it_is_copied_to(self):
+        """And names its licence and its version at its head."""
         source = pathlib.Path(MODULE).read_text(encoding="ascii")
+        head = "#!/usr/bin/env python3\n# SPDX-License-Identifier: MIT-0\n"
+        self.assertEqual(source[: len(head)], head)
+        self.assertIn("orq_min.py %s" % orq_min.__version__, source.split("\n")[2])
         for way, (name, load) in WAYS_TO_LOAD.items():
             with self.subTest(way), tempfile.TemporaryDirectory() as place:
                 path, text = pathlib.Path(place, name), source
@@ -1218,17 +1219,10 @@ class OneFile(LoopbackTest):
 
     def test_unset_and_the_default_policy_outlive_a_reload_and_a_copy(self):
         """Each request is refused with 429 once, so that a policy must be followed."""
-        slow = {"status": 429, "headers": {"Retry-After-Ms": "1"}}
+        slow = {"status": 429, "headers": {"Retry-After-Ms": "20"}}
         self.service.next(*[slow, reply("hi")] * 24)
         self.assertEqual(self.python(RELOAD).split(), ["hi"] * 24)
         self.assertEqual(len(self.service.requests), 48)
-
-    def test_it_names_its_licence_and_version_at_its_head(self):
-        with open(MODULE, encoding="ascii") as file:
-            head = [file.readline() for _ in range(3)]
-        self.assertEqual(head[0], "#!/usr/bin/env python3\n")
-        self.assertEqual(head[1], "# SPDX-License-Identifier: MIT-0\n")
-        self.assertIn("orq_min.py %s" % orq_min.__version__, head[2])
 
     def shown(self, thing, names):
         """The help on something, which must show these names."""
@@ -1248,59 +1242,47 @@ class OneFile(LoopbackTest):
                 self.shown(model, [field.name for field in dataclasses.fields(model)])
 
     def test_all_lists_of_parameters_agree(self):
-        def parameters(function, names, without=()):
+        def parameters(function, names):
             self.assertFalse(hasattr(function, "__signature__"))  # but its source
             found = dict(inspect.signature(function).parameters)
             self.shown(function, found)
-            for name in ("self", *without):
-                found.pop(name, None)
+            found.pop("self", None)
             self.assertEqual(list(found), names.split())
             return list(found.values())
 
         def named(found):
             return [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in found]
 
-        responses, quick = orq_min.Responses, orq_min.create_response
-        names = (
-            "agent_key message task_id variables identity contact thread memory"
-            " metadata background retries server_url timeout_ms http_headers extra_body"
-        )
+        responses, names = orq_min.Responses, "agent_key message task_id variables"
+        names += " identity contact thread memory metadata background retries"
+        names += " server_url timeout_ms http_headers extra_body"
         create = parameters(responses.create, names)
         self.assertEqual(create, named(create))
+        needed = [p.name for p in create if p.default is inspect.Parameter.empty]
+        self.assertEqual(needed, ["agent_key", "message"])
         for name in names.split():
             self.assertRegex(inspect.getdoc(responses.create), r"(?m)^%s: \w" % name)
         self.assertEqual(parameters(responses.create_async, names), create)
-        found = parameters(quick, names, ("api_key", "ssl_context"))
-        self.assertEqual((named(found), found[2:]), (create, create[2:]))
+        found = parameters(orq_min.create_response, names + " api_key ssl_context")
+        self.assertEqual((named(found[:-2]), found[2:-2]), (create, create[2:]))
         names = "agent_key task_id retries server_url timeout_ms http_headers"
         get = parameters(responses.get, names)
         self.assertEqual(parameters(responses.get_async, names), get)
         self.assertIs(get.pop(1).default, inspect.Parameter.empty)
         self.assertLessEqual(set(get), set(create))
-        names = "api_key server_url timeout_ms retry_config ssl_context"
         public = {name for name in vars(responses) if name[0] != "_"}
         self.assertEqual(public, {"create", "create_async", "get", "get_async"})
+        names = "api_key server_url timeout_ms retry_config ssl_context"
         options = parameters(orq_min.Orq, names)
         self.assertEqual(options[1:], named(options[1:]))
         self.assertEqual({p.default for p in options[:3]}, {None})
 
     def test_wrong_arguments_are_pythons_own_type_error(self):
-        responses = self.orq.agents.responses
-        for call, given, words in (
-            (
-                responses.create,
-                {"message": "hi", "taskid": "x"},
-                "unexpected.*'taskid'",
-            ),
-            (responses.create, {}, "missing.*'message'"),
-            (responses.get, {}, "missing.*'task_id'"),
-            (orq_min.TextPart, {}, "unexpected.*'agent_key'"),
-            (orq_min.Orq, {}, "unexpected.*'agent_key'"),
-        ):
+        call = self.orq.agents.responses.create
+        for words, given in (("unexpected", {"taskid": "x"}), ("missing", {})):
             with self.assertRaisesRegex(TypeError, words):
                 call(agent_key="a", **given)
-        for call in (responses.create, responses.get):
-            self.assertRaisesRegex(TypeError, "positional", call, "a", "hi")
+        self.assertRaisesRegex(TypeError, "positional", call, "a", "hi")
 
 
 # ----------------------------------------------------------------------------
@@ -1318,18 +1300,15 @@ with Orq(api_key=os.getenv("ORQ_API_KEY", ""),) as orq:
         "role": "user", "parts": [],
     }, contact={
         "id": "contact_01ARZ3NDEKTSV4RRFFQ69G5FAV", "display_name": "Jane Doe",
-        "email": "jane.doe@example.com",
-        "metadata": [{"department": "Engineering", "role": "Senior Developer",},],
+        "email": "jane.doe@example.com", "tags": ["hr", "engineering"],
+        "metadata": [{"department": "Engineering", "role": "Senior Developer"}],
         "logo_url": "https://example.com/avatars/jane-doe.jpg",
-        "tags": ["hr", "engineering",],
     }, thread={
         "id": "thread_01ARZ3NDEKTSV4RRFFQ69G5FAV",
-        "tags": ["customer-support", "priority-high",],
+        "tags": ["customer-support", "priority-high"],
     }, background=False)
 
     assert res is not None
-
-    # Handle response
     print(res)
 """
 
@@ -1351,35 +1330,31 @@ class PortedPrograms(LoopbackTest):
         given = orq.agents.responses.create.call_args[1]
         self.assertEqual(dict(request.json(), agent_key="<value>"), given)
 
-    def test_output_parts_are_instances_of_the_classes_that_a_request_takes(self):
-        part = orq_min.TextPart(kind="text", text="Hello")
-        res = self.create(message=orq_min.A2AMessage(role="user", parts=[part]))
-        ((said,),) = [m.parts for m in res.output if m.role == "agent"]
-        self.assertIsInstance(said, orq_min.TextPart)
-        self.assertEqual((said.text, said.kind), ("You said: Hello", "text"))
-        self.assertEqual((res.usage.total_tokens, res.finish_reason), (4, "stop"))
-        self.assertIsNone(res.pending_tool_calls)
-
     def test_a_tool_loop_runs_until_no_call_is_pending(self):
-        first = res = self.create(message="What is the weather?")
+        part = orq_min.TextPart(kind="text", text="What is the weather?")
+        first = res = self.create(message=orq_min.A2AMessage(role="user", parts=[part]))
         asked = []
         while getattr(res, "pending_tool_calls", None) or []:
             (call,) = res.pending_tool_calls
             asked.append((call.type, call.function.name, call.function.arguments))
             part = {"kind": "tool_result", "tool_call_id": call.id}
             part["result"] = {"celsius": 21}
-            res = self.create(
-                task_id=res.task_id, message={"role": "tool", "parts": [part]}
-            )
+            message = {"role": "tool", "parts": [part]}
+            res = self.create(task_id=res.task_id, message=message)
         self.assertEqual(asked, [("function", "get_weather", '{"city": "Paris"}')])
+        ((said,),) = [m.parts for m in res.output if m.role == "agent"]
+        self.assertIsInstance(said, orq_min.TextPart)
+        self.assertEqual((said.text, said.kind), (res.text, "text"))
         self.assertEqual(res.text, 'The tool says: {"celsius": 21}')
+        self.assertEqual((res.usage.total_tokens, res.finish_reason), (5, "stop"))
         self.assertEqual(res.task_id, first.task_id)
         self.assertNotEqual(res.id, first.id)
+        self.assertIsNone(res.pending_tool_calls)
 
     def test_create_async_answers_and_raises_as_create_does(self):
         def call(orq=self.orq, **given):
-            coroutine = orq.agents.responses.create_async(**given)
-            return asyncio.run(asyncio.wait_for(coroutine, 9))
+            create = orq.agents.responses.create_async
+            return asyncio.run(asyncio.wait_for(create(**given), 9))
 
         given = {"agent_key": "my-agent", "message": "hi"}
         self.assertEqual(call(**given).text, "You said: hi")
@@ -1395,27 +1370,22 @@ class PortedPrograms(LoopbackTest):
         body = {"variables": {"v": 1}, "identity": {"id": "i"}, "thread": {"id": "t"}}
         body.update(memory={"entity_id": "e"}, metadata={"m": 1}, background=True)
         whole = dict(body, message="hi", extra_body={"x": 1}, **task)
-        quick = functools.partial(orq_min.create_response, api_key="k")
+        message = from_user(text_part("hi"))
 
         def in_loop(coroutine_function):
             return lambda **given: asyncio.run(coroutine_function(**given))
 
-        for call, given in (
-            (responses.create, whole),
-            (in_loop(responses.create_async), whole),
-            (quick, whole),
-            (responses.get, task),
-            (in_loop(responses.get_async), task),
-        ):
+        quick = functools.partial(orq_min.create_response, api_key="k")
+        create, get = in_loop(responses.create_async), in_loop(responses.get_async)
+        for call in (responses.create, create, quick, responses.get, get):
+            given = task if call in (responses.get, get) else whole
             given = dict(given, server_url=server.url + "/p/")
             self.assertEqual(call(http_headers={"X-T": "7"}, **given).text, "hi")
             request = server.requests[-1]
             self.assertTrue(request.path.startswith("/p/v2/agents/a/responses"))
             self.assertEqual(request.header("x-t"), ["7"])
             if request.method == "POST":
-                wanted = dict(
-                    body, x=1, task_id="t", message=from_user(text_part("hi"))
-                )
+                wanted = dict(body, x=1, task_id="t", message=message)
                 self.assertEqual(request.json(), wanted)
                 call(**dict(given, identity=None, contact={"id": "c"}))
                 self.assertEqual(server.requests[-1].json()["contact"], {"id": "c"})
@@ -1424,23 +1394,19 @@ class PortedPrograms(LoopbackTest):
             self.assertRaises(orq_min.APIError, call, **given)
             self.assertRaises(orq_min.APITimeoutError, call, timeout_ms=200, **given)
 
-    def test_the_key_and_the_server_come_from_the_environment(self):
+    def test_the_key_and_the_server_come_from_the_environment_or_a_function(self):
         os.environ["ORQ_API_KEY"] = self.service.key + "\n"
         os.environ["ORQ_BASE_URL"] = " %s/some/prefix/\n" % self.service.url
         with orq_min.Orq() as orq:
             self.call(orq)
         self.assertEqual(orq_min.create_response("my-agent", "hi").text, "You said: hi")
-        with orq_min.Orq("other", server_url=self.service.url) as orq:
+        keys = iter(["other", self.service.key])  # one for each call
+        with client(self.service, api_key=lambda: next(keys)) as orq:
             self.assertEqual(self.failure(orq).status_code, 401)
+            self.assertEqual(self.call(orq), "You said: hi")
         paths = [request.path for request in self.service.requests]
         path = "/v2/agents/my-agent/responses"
-        self.assertEqual(paths, ["/some/prefix" + path] * 2 + [path])
-
-    def test_a_function_that_gives_the_key_is_asked_at_each_call(self):
-        keys = iter(["one", self.service.key])
-        with client(self.service, api_key=lambda: next(keys)) as orq:
-            self.failure(orq, orq_min.APIError)
-            self.assertEqual(self.call(orq), "You said: hi")
+        self.assertEqual(paths, ["/some/prefix" + path] * 2 + [path] * 2)
 
     def test_a_debugger_that_looks_at_variables_does_no_harm(self):
         def trace(frame, event, argument):
@@ -1469,9 +1435,8 @@ class PortedPrograms(LoopbackTest):
         self.assertEqual((call.type, call.function.arguments), ("function", "{}"))
         empty, other = (m.CreateAgentResponseResponseBody() for _ in range(2))
         self.assertEqual((empty.output, empty.text, empty.task_id), ([], "", ""))
-        self.assertIsNot(empty.output, other.output)
         empty.output.append(m.Output(parts=[m.ErrorPart("out of money")]))
-        self.assertEqual(empty.error, "out of money")
+        self.assertEqual((empty.error, other.output), ("out of money", []))
         other.status = "failed"
         self.assertEqual(other.error, "failed")
 
@@ -1479,20 +1444,6 @@ class PortedPrograms(LoopbackTest):
 # ----------------------------------------------------------------------------
 # What goes out
 # ----------------------------------------------------------------------------
-
-
-class Color(enum.Enum):
-    RED = "red"
-
-
-class Level(enum.IntEnum):
-    HIGH = 3
-
-
-@dataclasses.dataclass
-class Point:
-    x: int
-    y: object = None
 
 
 def odd(module, name, *bases, **methods):
@@ -1508,77 +1459,52 @@ def place(content):
     return odd("paths", "Place", __fspath__=lambda self: content)()
 
 
+Color, Level = enum.Enum("Color", {"RED": "red"}), enum.IntEnum("Level", {"HIGH": 3})
+Point = dataclasses.make_dataclass("Point", ["x", ("y", object, None)])
 UTC = datetime.timezone.utc
 EAST = datetime.timezone(datetime.timedelta(hours=2))
-
-# Free-form values, and what the service gets
-CONVERSIONS = [
-    (None, None),
-    ({"a": [None, True, 1, 1.5, "é\ud800"]}, {"a": [None, True, 1, 1.5, "é\ud800"]}),
-    (datetime.datetime(2025, 1, 2, 3, 4, 5), "2025-01-02T03:04:05"),
-    (datetime.datetime(2025, 1, 2, 3, 4, tzinfo=EAST), "2025-01-02T03:04:00+02:00"),
-    (datetime.datetime(2025, 1, 2, 3, 4, tzinfo=UTC), "2025-01-02T03:04:00Z"),
-    (datetime.date(2025, 1, 2), "2025-01-02"),
-    (datetime.time(3, 4, 5), "03:04:05"),
-    (decimal.Decimal("1.10"), "1.10"),
-    (uuid.UUID(int=5), "00000000-0000-0000-0000-000000000005"),
-    ([Color.RED, Level.HIGH], ["red", 3]),
-    ({Color.RED: 1, Level.HIGH: 2, 7: 3}, {"red": 1, "3": 2, "7": 3}),
-    ([{5}, frozenset(["a"])], [[5], ["a"]]),
-    ((1, (2, 3)), [1, [2, 3]]),
-    ([collections.deque([1]), range(2)], [[1], [0, 1]]),
-    ([[1]] * 2, [[1], [1]]),
-    (Point(1, [Point(2)]), {"x": 1, "y": [{"x": 2, "y": None}]}),
-    (types.MappingProxyType({"a": {}}), {"a": {}}),
-    (10**300, 10**300),
-    ([pathlib.PurePosixPath("/a/b"), place("x")], ["/a/b", "x"]),
-    (dumped({"at": datetime.date(2025, 1, 2)}), {"at": "2025-01-02"}),
-    (dumped([dumped(None), dumped(5)]), [None, 5]),
-]
-
-
 CIRCLE = {}
 CIRCLE["me"] = [CIRCLE]
 NO_DATE = odd("pandas", "NaTType", datetime.datetime, __eq__=lambda *_: False)
 ITSELF = odd("pydantic", "Model", model_dump=lambda self: self)
+DEEP = functools.reduce(lambda value, _: [value], range(100000), [])
 
-# Free-form values without an honest JSON form, and the words that name them
-REFUSALS = [
-    (float("nan"), "NaN has no JSON form"),
-    (float("-inf"), "-Infinity has"),
-    (b"raw", "bytes has"),
-    (bytearray(b"x"), "bytearray has"),
-    (object(), "object has"),
-    (datetime.timedelta(1), "datetime.timedelta has"),
-    ((n for n in [1]), "generator has"),
-    (Point, "type has"),
-    (ITSELF, "type has"),
-    (1j, "complex has"),
-    (odd("numpy", "int64")(), "numpy.int64 has no JSON form"),
-    (NO_DATE(2025, 1, 2), "pandas.NaTType has"),
-    (decimal.Decimal("NaN"), "decimal.Decimal has"),
-    (decimal.Decimal("sNaN"), "decimal.Decimal has"),
+# fmt: off
+CONVERSIONS = [  # free-form values, and what the service gets
+    ({"a": [None, True, 1, 1.5, "é\ud800"]}, {"a": [None, True, 1, 1.5, "é\ud800"]}),
+    (datetime.datetime(2025, 1, 2, 3, 4, 5), "2025-01-02T03:04:05"),
+    (datetime.datetime(2025, 1, 2, 3, 4, tzinfo=EAST), "2025-01-02T03:04:00+02:00"),
+    (datetime.datetime(2025, 1, 2, 3, 4, tzinfo=UTC), "2025-01-02T03:04:00Z"),
+    (datetime.date(2025, 1, 2), "2025-01-02"), (datetime.time(3, 4, 5), "03:04:05"),
+    (decimal.Decimal("1.10"), "1.10"), (10**300, 10**300), (None, None),
+    (uuid.UUID(int=5), "00000000-0000-0000-0000-000000000005"),
+    ([Color.RED, Level.HIGH], ["red", 3]), ([{5}, frozenset(["a"])], [[5], ["a"]]),
+    ({Color.RED: 1, Level.HIGH: 2, 7: 3}, {"red": 1, "3": 2, "7": 3}),
+    ([collections.deque([1]), range(2)], [[1], [0, 1]]), ([[1]] * 2, [[1], [1]]),
+    ((1, (2, 3)), [1, [2, 3]]), (types.MappingProxyType({"a": {}}), {"a": {}}),
+    (Point(1, [Point(2)]), {"x": 1, "y": [{"x": 2, "y": None}]}),
+    ([pathlib.PurePosixPath("/a/b"), place("x")], ["/a/b", "x"]),
+    (dumped({"at": datetime.date(2025, 1, 2)}), {"at": "2025-01-02"}),
+    (dumped([dumped(None), dumped(5)]), [None, 5]),
+]
+REFUSALS = [  # free-form values without an honest JSON form, and words that name them
+    (float("nan"), "NaN has no JSON form"), (float("-inf"), "-Infinity has"),
+    (b"raw", "bytes has"), (bytearray(b"x"), "bytearray has"), (object(), "object has"),
+    (datetime.timedelta(1), "datetime.timedelta has"), (1j, "complex has"),
+    ((n for n in [1]), "generator has"), (Point, "type has"), (ITSELF, "type has"),
+    (odd("numpy", "int64")(), "numpy.int64 has no JSON form"), (DEEP, "deep"),
+    (NO_DATE(2025, 1, 2), "pandas.NaTType has"), (place(b"raw"), "paths.Place has"),
+    (decimal.Decimal("NaN"), "decimal.Decimal has"), (10**100000, "int has"),
+    (decimal.Decimal("sNaN"), "decimal.Decimal has"), (ITSELF(), "itself"),
     (decimal.Decimal("-Infinity"), "decimal.Decimal has"),
-    (place(b"raw"), "paths.Place has"),
-    (ITSELF(), "itself"),
-    (functools.reduce(lambda value, _: [value], range(100000), []), "deep"),
-    (10**100000, "int has"),
 ]
-# The same inside of others, and the path that is named
-REFUSALS_WITHIN = [
-    ([1, {"a": float("inf")}], "[1].a"),
-    ({1.5: 1}, "[1.5]"),
-    ({None: 1}, "[None]"),
-    ({True: 1}, "[True]"),
-    ({(1, 2): 1}, "[(1, 2)]"),
-    ({10**5000: 1}, "[...]"),
-    ({7: 1, "7": 2}, "['7']"),
-    ({"two words": b""}, "['two words']"),
-    (Point(1, b""), ".y"),
-    (dumped({"a": b""}), ".a"),
-    (CIRCLE, ".me[0]"),
+REFUSALS_WITHIN = [  # the same inside of others, and the path that is named
+    ([1, {"a": float("inf")}], "[1].a"), ({1.5: 1}, "[1.5]"), ({None: 1}, "[None]"),
+    ({True: 1}, "[True]"), ({(1, 2): 1}, "[(1, 2)]"), ({10**5000: 1}, "[...]"),
+    ({7: 1, "7": 2}, "['7']"), ({"two words": b""}, "['two words']"),
+    (Point(1, b""), ".y"), (dumped({"a": b""}), ".a"), (CIRCLE, ".me[0]"),
 ]
-
+# fmt: on
 MIME_TYPES = """
     txt text/plain csv text/csv md text/markdown html text/html json application/json
     pdf application/pdf doc application/msword xls application/vnd.ms-excel
@@ -1608,41 +1534,33 @@ class Outgoing(LoopbackTest):
         wanted = {"message": from_user(text_part("hi")), "background": False}
         self.assertEqual(self.sent(), wanted)
         (request,) = self.service.requests
-        for name, value in {
-            "Authorization": "Bearer test-key-123",
-            "Content-Type": "application/json",
-            "Accept": "application/json",
-            "Host": self.service.netloc,
-        }.items():
-            self.assertEqual(request.header(name), [value])
+        for name in ("Content-Type", "Accept"):
+            self.assertEqual(request.header(name), ["application/json"])
+        self.assertEqual(request.header("Authorization"), ["Bearer test-key-123"])
+        self.assertEqual(request.header("Host"), [self.service.netloc])
         self.assertIn("orq_min", request.header("User-Agent")[0])
+        self.assertIs(self.sent(extra_body={"stream": False})["stream"], False)
 
     def test_every_field_reaches_the_service_whether_object_or_mapping(self):
         file = {"bytes": "aGk=", "mimeType": "text/plain", "name": "a.txt"}
         uri = {"uri": "https://x/a.pdf", "mimeType": "application/pdf", "name": "b"}
         person = {"id": "c", "display_name": "Ada", "email": "a@b", "tags": ["t"]}
         person.update(logo_url="https://x/y", metadata=[{"k": None}])
-        parts = [text_part("look")]
-        parts.append({"kind": "file", "file": file, "metadata": {"a": 1}})
-        parts.append({"kind": "file", "file": uri})
-        expected = {
-            "message": from_user(*parts, messageId="01ARZ3"),
-            "variables": {"name": "Ada", "empty": {}, "none": None},
-            "identity": person,
-            "thread": {"id": "t", "tags": []},
-            "memory": {"entity_id": "e"},
-            "metadata": {},
-            "background": True,
-        }
+        attached = {"kind": "file", "file": file, "metadata": {"a": 1}}
+        parts = [text_part("look"), attached, {"kind": "file", "file": uri}]
+        expected = {"message": from_user(*parts, messageId="01ARZ3"), "metadata": {}}
+        expected["variables"] = {"name": "Ada", "empty": {}, "none": None}
+        expected.update(thread={"id": "t", "tags": []}, memory={"entity_id": "e"})
+        expected.update(identity=person, background=True)
         given = copy.deepcopy(expected)
         self.assertEqual(self.sent(**given), expected)
         self.assertEqual(given, expected, "the caller's mappings were changed")
 
         given["message"]["message_id"] = given["message"].pop("messageId")
-        for part in given["message"]["parts"][1:]:
-            part["file"]["mime_type"] = part["file"].pop("mimeType")
-        inner = given["message"]["parts"][1]["file"]
-        inner["bytes_"] = inner.pop("bytes")
+        files = [part["file"] for part in given["message"]["parts"][1:]]
+        for inner in files:
+            inner["mime_type"] = inner.pop("mimeType")
+        files[0]["bytes_"] = files[0].pop("bytes")
         self.assertEqual(self.sent(**given), expected)
 
         m = orq_min
@@ -1656,7 +1574,7 @@ class Outgoing(LoopbackTest):
             "memory": types.MappingProxyType({"entity_id": "e"}),
         }
         self.assertEqual(self.sent(**dict(expected, **objects)), expected)
-        mixed = from_user(text, parts[1], link, message_id="01ARZ3")
+        mixed = from_user(text, attached, link, message_id="01ARZ3")
         self.assertEqual(self.sent(**dict(expected, message=mixed)), expected)
         for older in (m.Contact(**person), person):
             self.assertEqual(self.sent(contact=older)["contact"], person)
@@ -1680,13 +1598,11 @@ class Outgoing(LoopbackTest):
             part = orq_min.ToolResultPart(call_id, result)
             message = orq_min.A2AMessage("tool", [part])
             body = self.sent(message=message, task_id=first.task_id)
-            expected = {"kind": "tool_result", "tool_call_id": call_id}
-            expected["result"] = result
-            self.assertEqual(body["message"]["parts"], [expected])
+            wanted = {"kind": "tool_result", "tool_call_id": call_id, "result": result}
+            self.assertEqual(body["message"]["parts"], [wanted])
 
     def test_an_agent_key_is_one_segment_of_the_path(self):
-        names = "a/../b x?y é#%2F ... ..a ~ a;b \x00".split(" ")
-        for agent in (*names, "a b"):
+        for agent in ("a b", *"a/../b x?y é#%2F ... ..a ~ a;b \x00".split(" ")):
             with self.subTest(agent):
                 self.service.agents.add(agent)
                 self.assertEqual(self.create(agent_key=agent).text, "You said: hi")
@@ -1696,37 +1612,30 @@ class Outgoing(LoopbackTest):
     def test_free_form_values_are_converted_as_the_official_client_does(self):
         for value, expected in CONVERSIONS:
             with self.subTest(value=value):
-                body = self.sent(
-                    variables={"v": value},
-                    metadata={"v": value},
-                    contact={"id": "c", "metadata": [{"v": value}]},
-                    extra_body=types.MappingProxyType({"conversation": {"v": value}}),
-                )
-                (inner,) = body["contact"]["metadata"]
+                free, wanted = {"v": value}, {"v": expected}
+                extra = types.MappingProxyType({"conversation": free})
+                given = {
+                    "contact": {"id": "c", "metadata": [free]},
+                    "extra_body": extra,
+                }
+                body = self.sent(variables=free, metadata=free, **given)
                 for where in ("variables", "metadata", "conversation"):
-                    self.assertEqual(body[where], {"v": expected})
-                self.assertEqual(inner, {"v": expected})
-
-    def test_extra_body_may_say_that_nothing_is_streamed(self):
-        self.assertIs(self.sent(extra_body={"stream": False})["stream"], False)
+                    self.assertEqual(body[where], wanted)
+                self.assertEqual(body["contact"]["metadata"], [wanted])
 
     def test_files_are_attached_with_their_type(self):
         m, content = orq_min, b"\x00\xffabc"
         text = base64.b64encode(content).decode()
         with tempfile.TemporaryDirectory() as folder:
-            for name, given, mime_type in (
-                ("b.PDF", None, "application/pdf"),
-                ("c", None, None),
-                ("d.txt", "text/x-mine", "text/x-mine"),
-            ):
+            names = {"b.PDF": "application/pdf", "c": None, "d.txt": "text/x-mine"}
+            for name, mime_type in names.items():
+                given = mime_type if name == "d.txt" else None
                 path = pathlib.Path(folder, name)
                 path.write_bytes(content)
-                made = [
-                    m.FilePart.from_path(path, mime_type=given),
-                    m.FilePart.from_path(str(path), given),
-                    m.FilePart.from_bytes(content, name, mime_type=given),
-                    m.FilePart.from_bytes(memoryview(content), name, given),
-                ]
+                made = [m.FilePart.from_path(path, mime_type=given)]
+                made += [m.FilePart.from_path(str(path), given)]
+                made += [m.FilePart.from_bytes(content, name, mime_type=given)]
+                made += [m.FilePart.from_bytes(memoryview(content), name, given)]
                 wanted = m.FilePart(m.BinaryFormat(text, mime_type, name))
                 self.assertEqual(made, [wanted] * 4)
             shown = self.create(message=m.A2AMessage("user", made[:1])).text
@@ -1750,6 +1659,8 @@ class Outgoing(LoopbackTest):
 
 
 # Parameter -> what is added to it in the paths that must be named -> wrong values
+# fmt: off
+HUGE = 10**5000  # of more digits than str() and repr() may write
 WRONG_VALUES = {
     "message": {
         "": [None, 5, b"hi", [], orq_min.TextPart("hi")],
@@ -1763,12 +1674,11 @@ WRONG_VALUES = {
         ".parts[0].tool_call_id": [from_user({"kind": "tool_result"})],
         ".parts[0].file": [from_user({"kind": "file", "file": x}) for x in ({}, None)],
     },
-    "task_id": {"": [5]},
+    "task_id": {"": [5]}, "metadata": {"": [3]}, "background": {"": ["yes", 1]},
     "variables": {"": [[], "a=b"], "[5.5] .a": [{5.5: 1, "a": b""}]},
     "contact": {
-        "": ["c", orq_min.Memory("x")],
-        ".id": [{"display_name": "Ada"}, {"id": None}],
-        ".id .email": [{"id": 5, "email": 5}],
+        "": ["c", orq_min.Memory("x")], ".id .email": [{"id": 5, "email": 5}],
+        ".id": [{"display_name": "Ada"}, {"id": None}], "[...]": [{"id": "c", HUGE: 1}],
         ".tags": [{"id": "c", "tags": tags} for tags in ("abc", {"a"}, {})],
         ".tags[1]": [{"id": "c", "tags": ["a", 5]}],
         ".metadata": [{"id": "c", "metadata": {"a": 1}}],
@@ -1777,43 +1687,39 @@ WRONG_VALUES = {
     "identity": {"": [5], ".id .name": [{"name": "a"}]},
     "thread": {".id": [{}], ".tag": [{"id": "t", "tag": []}]},
     "memory": {".entity_id .entity": [{"entity": "x"}]},
-    "metadata": {"": [3]},
-    "background": {"": ["yes", 1]},
-    "extra_body": {"": [[]], ".x": [{"x": b""}], ".stream": [{"stream": True}]},
+    "extra_body": {
+        "": [[]], ".x": [{"x": b""}], "[...]": [{HUGE: 1}],
+        ".stream": [{"stream": True}],
+    },
 }
+WRONG_VALUES["extra_body"].update(  # which overwrites none of them
+    {"." + name: [{name: None}] for name in WRONG_VALUES if name != "extra_body"}
+)
 WRONG_VALUES_OF_BOTH = {  # and of `get`
     "agent_key": {"": ["", ".", "..", None, b"x", "\ud800"]},
     "retries": {"": ["backoff", True, {}, orq_min.BackoffStrategy()]},
     "timeout_ms": {"": [0, -1, "5", True, float("nan"), float("inf"), 10**400]},
-    "http_headers": {"": [["a"]]},
-    "server_url": {"": [5]},
+    "http_headers": {"": [["a"]], "[...]": [{HUGE: "x"}]}, "server_url": {"": [5]},
 }
 WRONG_VALUES_OF_GET = {"task_id": {"": [None, "", " ", ".", "..", 5]}}
 
-# What builds a dataclass wrongly, and the paths that must be named
-WRONG_OBJECTS = [
-    (lambda m: m.TextPart(None), "text"),
-    (lambda m: m.TextPart(1, kind="file"), "text kind"),
-    (lambda m: m.TextPart("hi", kind=None), "kind"),
-    (lambda m: m.BinaryFormat(bytes_=b"raw"), "bytes"),
-    (lambda m: m.BinaryFormat("not base64!"), "bytes"),
-    (lambda m: m.BinaryFormat("\n"), "bytes"),
-    (lambda m: m.BinaryFormat("", 5, 6), "bytes mimeType name"),
-    (lambda m: m.FileInURIFormat(5), "uri"),
-    (lambda m: m.FilePart("a.txt"), "file"),
-    (lambda m: m.FilePart({"bytes": "aGk=", "uri": "x"}), "file.uri"),
-    (lambda m: m.FilePart({"bytes": ""}, metadata=[]), "file.bytes metadata"),
-    (lambda m: m.FilePart.from_uri(None), "uri"),
-    (lambda m: m.FilePart.from_bytes("text", "a.txt"), "content"),
-    (lambda m: m.FilePart.from_bytes(b"", "a.txt"), "content"),
-    (lambda m: m.FilePart.from_bytes(b"x", 5, 5), "name mimeType"),
-    (lambda m: m.ToolResultPart(5, result=float("nan")), "tool_call_id result"),
-    (lambda m: m.A2AMessage("agent", "hi", 5), "role parts messageId"),
-    (lambda m: m.A2AMessage("user", [m.Contact("c")]), "parts[0]"),
-    (lambda m: m.Identity(None, email=5, tags=[1]), "id email tags[0]"),
-    (lambda m: m.CreateAgentResponseThread("t", tags="ab"), "tags"),
-    (lambda m: m.Memory(5), "entity_id"),
-]
+WRONG_OBJECTS = {  # what builds one, and the paths that must be named
+    "TextPart(None)": "text", "TextPart(1, kind='file')": "text kind",
+    "TextPart('hi', kind=None)": "kind", "BinaryFormat(bytes_=b'raw')": "bytes",
+    "BinaryFormat('not base64!')": "bytes", r"BinaryFormat('\n')": "bytes",
+    "BinaryFormat('', 5, 6)": "bytes mimeType name", "FileInURIFormat(5)": "uri",
+    "FilePart('a.txt')": "file", "FilePart({'bytes': 'aGk=', 'uri': 'x'})": "file.uri",
+    "FilePart({'bytes': ''}, metadata=[])": "file.bytes metadata",
+    "FilePart.from_uri(None)": "uri", "FilePart.from_bytes('text', 'a.txt')": "content",
+    "FilePart.from_bytes(b'', 'a.txt')": "content", "Memory(5)": "entity_id",
+    "FilePart.from_bytes(b'x', 5, 5)": "name mimeType",
+    "ToolResultPart(5, result=float('nan'))": "tool_call_id result",
+    "A2AMessage('agent', 'hi', 5)": "role parts messageId",
+    "A2AMessage('user', [Contact('c')])": "parts[0]",
+    "Identity(None, email=5, tags=[1])": "id email tags[0]",
+    "CreateAgentResponseThread('t', tags='ab')": "tags",
+}
+# fmt: on
 
 
 class RefusalTest(LoopbackTest):
@@ -1830,13 +1736,19 @@ class RefusalTest(LoopbackTest):
             self.assertIn("%s: %s" % problem, str(error))
         return dict(error.errors)
 
+    def assert_refused(self, call, table):
+        """Each wrong value of such a table, by its paths."""
+        for name, rows in table.items():
+            for suffixes, values in rows.items():
+                paths = [name + suffix for suffix in suffixes.split(" ")]
+                for number, value in enumerate(values):
+                    with self.subTest(paths=paths, number=number):
+                        found = self.refused(call, **{name: value})
+                        self.assertEqual(sorted(found), sorted(paths))
+
 
 class Refused(RefusalTest):
     """A wrong call is refused before anything is sent, all of it at once, by path."""
-
-    def get(self, **given):
-        given = dict({"agent_key": "my-agent", "task_id": "t"}, **given)
-        return self.orq.agents.responses.get(**given)
 
     def test_all_that_is_wrong_is_said_at_once_by_its_path(self):
         wrong = dict(agent_key="..", server_url="ftp://x", timeout_ms=0, task_id=5)
@@ -1848,37 +1760,23 @@ class Refused(RefusalTest):
             found = self.refused(orq.agents.responses.create, **wrong)
         paths = {path.partition(".")[0] for path in found}
         self.assertEqual(paths, {*wrong, "api_key"})
-        for path, problem in (
-            ("message.parts[0].kind", "required"),
-            ("contact.display_nmae", "unknown field (did you mean 'display_name'?)"),
-            ("variables.when[2]", "NaN has no JSON form"),
-        ):
-            self.assertEqual(found[path], problem)
+        self.assertEqual(found["message.parts[0].kind"], "required")
+        unknown = "unknown field (did you mean 'display_name'?)"
+        self.assertEqual(found["contact.display_nmae"], unknown)
+        self.assertEqual(found["variables.when[2]"], "NaN has no JSON form")
 
     def test_wrong_parameters_are_named(self):
-        for table, call in (
-            (WRONG_VALUES, self.create),
-            (WRONG_VALUES_OF_BOTH, self.create),
-            (WRONG_VALUES_OF_BOTH, self.get),
-            (WRONG_VALUES_OF_GET, self.get),
-        ):
-            for name, rows in table.items():
-                for suffixes, values in rows.items():
-                    paths = {name + suffix for suffix in suffixes.split(" ")}
-                    for value in values:
-                        with self.subTest(parameter=name, value=str(value)[:99]):
-                            found = self.refused(call, **{name: value})
-                            self.assertEqual(set(found), paths)
+        task = {"agent_key": "my-agent", "task_id": "t"}
+
+        def get(**given):
+            self.orq.agents.responses.get(**dict(task, **given))
+
+        self.assert_refused(get, dict(WRONG_VALUES_OF_BOTH, **WRONG_VALUES_OF_GET))
+        self.assert_refused(self.create, dict(WRONG_VALUES_OF_BOTH, **WRONG_VALUES))
         found = self.refused(self.create, thread=[])["thread"]
         self.assertRegex(found, "CreateAgentResponseThread.* an object.*, not list")
         both = self.refused(self.create, identity={"id": "a"}, contact={"id": "a"})
         self.assertEqual(list(both), ["identity"])
-
-    def test_extra_body_may_not_overwrite_a_named_field(self):
-        names = "message task_id variables identity contact thread memory metadata"
-        for name in (names + " background").split():
-            found = self.refused(self.create, extra_body={name: None}, background=None)
-            self.assertEqual(list(found), ["extra_body." + name])
 
     def test_free_form_values_without_a_json_form_are_refused_by_path(self):
         values = [value for value, _ in REFUSALS]
@@ -1892,20 +1790,11 @@ class Refused(RefusalTest):
                 found = self.refused(self.create, metadata={"v": value})
                 self.assertEqual(list(found), ["metadata.v" + path])
 
-    def test_names_that_python_cannot_write_out_are_refused_as_well(self):
-        name = 10**5000  # more digits than str() and repr() may write
-        for given in (
-            {"contact": {"id": "c", name: 1}},
-            {"http_headers": {name: "x"}},
-            {"extra_body": {name: 1}},
-        ):
-            with self.subTest(parameter=list(given)):
-                self.assertLess(len(str(self.refused(self.create, **given))), 20000)
-
     def test_wrong_objects_are_refused_when_they_are_built(self):
-        for build, paths in WRONG_OBJECTS:
-            with self.subTest(inspect.getsource(build).strip()):
-                self.assertEqual(set(self.refused(build, orq_min)), set(paths.split()))
+        for code, paths in WRONG_OBJECTS.items():
+            with self.subTest(code):
+                found = self.refused(eval, code, dict(vars(orq_min)))
+                self.assertEqual(set(found), set(paths.split()))
 
     def test_an_object_that_was_changed_is_checked_again_at_the_call(self):
         part = orq_min.TextPart("hi")
@@ -1915,13 +1804,13 @@ class Refused(RefusalTest):
         self.assertEqual(list(found), ["message.parts[0].text"])
 
     def test_wrong_settings_of_a_client_are_refused_at_the_latest_at_the_call(self):
+        def call(**options):
+            self.call(client(self.service, **options))
+
         wrong = {"server_url": "nonsense", "timeout_ms": -5, "retry_config": "backoff"}
         for option, value in dict(wrong, ssl_context=5).items():
             with self.subTest(option):
-                self.refused(
-                    lambda given: self.call(client(self.service, **given)),
-                    {option: value},
-                )
+                self.refused(call, **{option: value})
 
 
 # ----------------------------------------------------------------------------
@@ -1933,13 +1822,15 @@ def from_agent(*parts, **more):
     return dict({"role": "agent", "parts": list(parts)}, **more)
 
 
+def task_that(state, **more):
+    return {"id": "t", "kind": "task", "status": dict({"state": state}, **more)}
+
+
 MORE = {"metadata": {"k": 1}}
 OOPS = {"kind": "error", "error": "oops", "code": 7}
 CALL = {"kind": "tool_call", "tool_name": "f", "tool_call_id": "c", "arguments": {}}
 PARTS_OF_ALL_KINDS = [
-    text_part("B"),
-    dict(CALL, **MORE),
-    OOPS,
+    *(text_part("B"), dict(CALL, **MORE), OOPS),
     {"kind": "tool_result", "tool_call_id": "c", "result": [1], **MORE},
     {"kind": "file", "file": {"bytes": "aGk=", "mimeType": "a/b"}, **MORE},
     {"kind": "file", "file": {"uri": "https://x", "name": "n"}},
@@ -1947,9 +1838,9 @@ PARTS_OF_ALL_KINDS = [
     text_part("C", brand_new=5),
 ]
 FUNCTION = {"name": "f", "arguments": "{}"}
+# fmt: off
 PUBLISHED = {
-    "_id": "r1",
-    "task_id": "t1",
+    "_id": "r1", "task_id": "t1", "created_at": "2025-11-20T09:30:00Z", "model": "p/m",
     "output": [
         {"messageId": "m0", "role": "user", "parts": [text_part("?")]},
         from_agent(text_part("A"), messageId="m1"),
@@ -1958,27 +1849,17 @@ PUBLISHED = {
         {"role": "tool", "parts": [text_part("never")]},
         {"parts": [text_part("D")]},
     ],
-    "created_at": "2025-11-20T09:30:00Z",
-    "model": "p/m",
     "usage": {
-        "completion_tokens": 1,
-        "total_tokens": 3,
+        "completion_tokens": 1, "total_tokens": 3,
         "prompt_tokens_details": {"audio_tokens": 0, "cache_creation_tokens": 2},
         "completion_tokens_details": {"reasoning_tokens": 1, "audio_tokens": 0},
     },
-    "finish_reason": "stop",
     "pending_tool_calls": [{"id": "c", "type": "function", "function": FUNCTION}],
-    "telemetry": {"trace_id": "a", "span_id": "b"},
-    "status": "completed",
-    "brand_new": {"x": 1},
+    "telemetry": {"trace_id": "a", "span_id": "b"}, "finish_reason": "stop",
+    "status": "completed", "brand_new": {"x": 1},
 }
-
+# fmt: on
 SURPRISES = [None, True, 5, 1.5, "text", [], [None, 5, "x", [], {}], {}, {"kind": 5}]
-
-
-def task_that(state, **more):
-    return {"id": "t", "kind": "task", "status": dict({"state": state}, **more)}
-
 
 WHY = from_agent(text_part("be"), text_part("cause"))
 NOT_FAILED = [{"error": empty} for empty in (None, "", {}, [])]
@@ -1986,23 +1867,20 @@ NOT_FAILED += [{"output": [from_agent(OOPS, role=role)]} for role in ("user", "t
 NOT_FAILED += [{"output": [from_agent(text_part("fine"))]}]
 NOT_FAILED += [task_that(state, message=WHY) for state in ("completed", "working", 5)]
 NOT_FAILED += [{"status": status} for status in ("in_progress", "new", ["failed"])]
+# fmt: off
 FAILED = [  # answer, its `error`
-    ({"output": [from_agent(OOPS)]}, "oops"),
     ({"output": [from_agent(text_part("half"), OOPS, role=None)]}, "oops"),
     ({"output": [from_agent({"kind": "error"})]}, "error"),
     ({"output": [from_agent({"kind": "error", "error": {"message": "m"}})]}, "m"),
     ({"output": [from_agent(OOPS)], "error": "no"}, "no; oops"),
-    ({"error": "no"}, "no"),
-    ({"error": {"message": "no", "code": 5}}, "no"),
-    ({"error": {"code": 5}}, '{"code": 5}'),
-    ({"error": ["a", "b"]}, "a; b"),
-    ({"status": "failed", "error": "no"}, "no"),
-    ({"status": "failed"}, "failed"),
-    (task_that("failed"), "failed"),
+    ({"error": {"message": "no", "code": 5}}, "no"), ({"error": ["a", "b"]}, "a; b"),
+    ({"error": {"code": 5}}, '{"code": 5}'), ({"status": "failed"}, "failed"),
+    ({"status": "failed", "error": "no"}, "no"), (task_that("failed"), "failed"),
     (task_that("canceled", message={"parts": []}), "canceled"),
     (task_that("rejected", message=WHY), "because"),
     (task_that("failed", message=from_agent(OOPS)), "oops"),
 ]
+# fmt: on
 
 
 class Incoming(LoopbackTest):
@@ -2017,37 +1895,30 @@ class Incoming(LoopbackTest):
         for name in "task_id created_at model finish_reason status".split():
             self.assertEqual(getattr(res, name), PUBLISHED[name])
         self.assertEqual((res.id, res.text), ("r1", "A\nBC\nD"))
-        expected = m.Output("m1", "agent", [m.TextPart("A")], None)
-        self.assertEqual(res.output[1], expected)
-        self.assertEqual(res.output[2].parts[0], m.DataPart({"a": 1}, {"k": 1}))
-        self.assertIsNone(res.output[2].message_id)
-        self.assertEqual(res.output[3].metadata, {"k": 1})
-        self.assertEqual(res.output[4].parts, [m.TextPart("never")])
-        expected = [
+        output = res.output
+        self.assertEqual(output[1], m.Output("m1", "agent", [m.TextPart("A")], None))
+        self.assertEqual(output[2].parts[0], m.DataPart({"a": 1}, {"k": 1}))
+        self.assertIsNone(output[2].message_id)
+        self.assertEqual(output[3].metadata, {"k": 1})
+        self.assertEqual(output[4].parts, [m.TextPart("never")])
+        parts = [
             m.ToolCallPart("f", "c", {}, {"k": 1}),
             m.ErrorPart("oops", 7),
             m.ToolResultPart("c", [1], {"k": 1}),
             m.FilePart(m.BinaryFormat("aGk=", "a/b"), {"k": 1}),
             m.FilePart(m.FileInURIFormat("https://x", name="n")),
         ]
-        self.assertEqual(res.output[3].parts[1:6], expected)
-        usage = m.CreateAgentResponseUsage(
-            completion_tokens=1,
-            prompt_tokens=None,
-            total_tokens=3,
-            prompt_tokens_details=m.PromptTokensDetails(None, 2, 0),
-            completion_tokens_details=m.CompletionTokensDetails(1, None, None, 0),
-        )
-        self.assertEqual(res.usage, usage)
+        self.assertEqual(output[3].parts[1:6], parts)
+        details = m.PromptTokensDetails(None, 2, 0)
+        details = details, m.CompletionTokensDetails(1, None, None, 0)
+        self.assertEqual(res.usage, m.CreateAgentResponseUsage(1, None, 3, *details))
         call = m.PendingToolCalls("c", m.Function("f", "{}"), "function")
         self.assertEqual(res.pending_tool_calls, [call])
         self.assertEqual(res.telemetry, m.Telemetry("a", "b"))
-
-    def test_what_this_file_does_not_know_is_kept(self):
-        res = self.answer(PUBLISHED)
+        # and what this file does not know is kept
         self.assertEqual(json.loads(json.dumps(res.raw)), PUBLISHED)
         self.assertEqual(res.brand_new, {"x": 1})
-        unknown, text = res.output[3].parts[6:]
+        unknown, text = output[3].parts[6:]
         self.assertIsInstance(unknown, orq_min.UnknownPart)
         self.assertEqual((unknown.kind, unknown.text), ("reasoning", "hm"))
         self.assertIn("'hm'", repr(unknown))
@@ -2069,17 +1940,23 @@ class Incoming(LoopbackTest):
                 self.assertIn(name, value)
                 self.assert_reads_as(value[name], content)
                 self.assertIs(value.get(name), value[name])
-            self.assertNotIn("absent", value)
-            self.assertIsNone(value.get("absent"))
+            self.assert_lacks(value, "absent")
             self.assertEqual(value.get("absent", 5), 5)
-            self.assertRaises(KeyError, lambda: value["absent"])
 
-    def test_answers_and_their_parts_can_be_read_as_dicts(self):
+    def assert_lacks(self, value, name):
+        self.assertNotIn(name, value)
+        self.assertIsNone(value.get(name))
+        self.assertRaises(KeyError, lambda: value[name])
+
+    def test_answers_and_copies_of_them_can_be_read_as_dicts(self):
         res = self.answer(PUBLISHED)
-        self.assert_reads_as(res, PUBLISHED)
+        for again in (res, copy.deepcopy(res), pickle.loads(pickle.dumps(res))):
+            self.assertEqual((again, again.raw, again.text), (res, res.raw, res.text))
+            self.assertEqual(again.error, "oops")
+            self.assert_reads_as(again, PUBLISHED)
         parts = res["output"][3]["parts"]
         self.assertEqual([p.get("kind") for p in parts], [p.kind for p in parts])
-        file, message = parts[4]["file"], res["output"][1]
+        file, (_, message, other, *_) = parts[4]["file"], res["output"]
         for one, json_name, name in (
             (res, "_id", "id"),
             (message, "messageId", "message_id"),
@@ -2090,16 +1967,11 @@ class Incoming(LoopbackTest):
                 self.assertIn(spelling, one)
                 self.assertEqual(one[spelling], getattr(one, name))
                 self.assertEqual(one.get(spelling), getattr(one, name))
-        for one, name in (
-            (parts[5], "metadata"),
-            (file, "name"),
-            (res["output"][2], "messageId"),
-            (res["output"][2], "message_id"),
-            (res["usage"], "prompt_tokens"),
-        ):
-            self.assertNotIn(name, one)
-            self.assertIsNone(one.get(name))
-            self.assertRaises(KeyError, lambda one=one, name=name: one[name])
+        self.assert_lacks(parts[5], "metadata")
+        self.assert_lacks(res["usage"], "prompt_tokens")
+        self.assert_lacks(file, "name")
+        self.assert_lacks(other, "messageId")
+        self.assert_lacks(other, "message_id")
 
     def test_what_is_built_by_hand_can_be_read_as_a_dict_too(self):
         part = orq_min.FilePart.from_bytes(b"hi", "a.txt")
@@ -2141,10 +2013,9 @@ class Incoming(LoopbackTest):
 
         def places(value, path=()):
             yield path
-            pairs = value.items() if isinstance(value, dict) else ()
-            pairs = enumerate(value) if isinstance(value, list) else pairs
-            for key, inner in pairs:
-                yield from places(inner, (*path, key))
+            if isinstance(value, (dict, list)):
+                for key in value if isinstance(value, dict) else range(len(value)):
+                    yield from places(value[key], (*path, key))
 
         bodies = [dict(PUBLISHED, error=surprise) for surprise in SURPRISES]
         bodies += [task_that("failed", message=surprise) for surprise in SURPRISES]
@@ -2179,35 +2050,27 @@ class Incoming(LoopbackTest):
         self.assertEqual(self.answer({"raw": 6}).raw, {"raw": 6})
 
     def test_an_answer_may_be_any_json_that_python_reads(self):
-        for body in (
-            b'\xef\xbb\xbf{"_id": "r"}',
-            b' {"_id": "r", "n": 1e999, "m": NaN}\n',
+        bodies = [b'\xef\xbb\xbf{"_id": "r"}', '{"_id": "r"}'.encode("utf-16")]
+        bodies += [
             b'{"_id": "x", "_id": "r"}',
-            b'{"_id": "r", "n": "\\ud800"}',
-            b'{"_id": "r", "n": "\xff"}',
-            json.dumps({"_id": "r"}).encode("utf-16"),
-        ):
+            b' {"_id": "r", "n": 1e999, "m": NaN}\n',
+        ]
+        bodies += [b'{"_id": "r", "n": "\\ud800"}', b'{"_id": "r", "n": "\xff"}']
+        for body in bodies:
             with self.subTest(body[:40]):
                 self.assertEqual(self.answer(body).id, "r")
-
-    def test_an_answer_pickles_and_copies(self):
-        res = self.answer(PUBLISHED)
-        for again in (copy.deepcopy(res), pickle.loads(pickle.dumps(res))):
-            self.assertEqual((again, again.raw, again.text), (res, res.raw, res.text))
-            self.assertEqual(again.error, "oops")
-            self.assert_reads_as(again, PUBLISHED)
 
 
 class FetchingAnswers(LoopbackTest):
     """`get` fetches what came of a run in the background, and runs no agent."""
 
-    def get(self, **given):
-        given = dict({"agent_key": "my-agent", "task_id": "t"}, **given)
-        return self.orq.agents.responses.get(**given)
+    def get(self, agent_key="my-agent", task_id="t", **given):
+        call = self.orq.agents.responses.get
+        return call(agent_key=agent_key, task_id=task_id, **given)
 
-    def get_async(self, **given):
-        given = dict({"agent_key": "my-agent", "task_id": "t"}, **given)
-        return asyncio.run(self.orq.agents.responses.get_async(**given))
+    def get_async(self, agent_key="my-agent", task_id="t", **given):
+        call = self.orq.agents.responses.get_async
+        return asyncio.run(call(agent_key=agent_key, task_id=task_id, **given))
 
     def test_a_run_in_the_background_is_in_progress_and_then_completed(self):
         begun = self.create(background=True)
@@ -2244,27 +2107,44 @@ class FetchingAnswers(LoopbackTest):
         self.assertEqual((request[:2], request.body), (("GET", path), b""))
         for name in ("Content-Type", "Content-Length", "Transfer-Encoding"):
             self.assertEqual(request.header(name), [])
-        self.assertEqual(request.header("authorization"), ["Bearer test-key-123"])
 
     def test_its_failures_never_say_that_the_agent_may_have_run(self):
         for get in (self.get, self.get_async):
-            with self.assertRaises(orq_min.APIError) as caught:
-                get(task_id="unknown")
+            wanted = "GET %s/v2/.*404.*no such task" % self.service.url
+            self.assertRaisesRegex(orq_min.APIError, wanted, get, task_id="unknown")
+            self.service.next(hang_up)
+            with self.assertRaises(orq_min.APIConnectionError) as caught:
+                get(retries=None)
             error = caught.exception
-            self.assertEqual((error.status_code, error.message), (404, "no such task"))
-            self.assertIn("GET %s/v2/" % self.service.url, str(error))
-            for step in (hang_up, break_off, cut_off, Connection.hang):
-                self.service.next(step)
-                with self.assertRaises(orq_min.APIConnectionError) as caught:
-                    get(timeout_ms=300, retries=None)
-                error = caught.exception
-                self.assertEqual((error.sent, error.temporary), (False, True))
-                self.assertNotRegex(str(error), "may have run|not sent")
+            self.assertEqual((error.sent, error.temporary), (False, True))
+            self.assertNotRegex(str(error), "may have run|not sent")
 
 
 # ----------------------------------------------------------------------------
 # Errors
 # ----------------------------------------------------------------------------
+
+WORDS = "no such thing"
+ITEMS = [{"path": "body.x", "message": "too long"}, {"path": "body.y"}]
+LONG = {"message": "no", "errors": [{"path": "p%d" % n} for n in range(999)]}
+# fmt: off
+OWN_WORDS = [  # of the server: the body of an answer, the message of the error
+    ({"message": WORDS}, WORDS), ({"code": 404, "message": WORDS}, WORDS),
+    ({"error": WORDS}, WORDS), ({"error": {"message": WORDS}}, WORDS),
+    ({"error": [WORDS]}, WORDS), ({"message": [WORDS, "too"]}, WORDS + "; too"),
+    ({"message": {"en": WORDS}}, '{"en": "no such thing"}'),
+]
+ALL_WORDS = [  # what the error's text shows of a body, once
+    ({"message": "bad", "errors": ITEMS}, "body.x", "too long", "body.y"),
+    ({"error": {"message": "bad", "errors": ITEMS}}, "bad", "too long"),
+    ({"message": ["is bad", "is odd"], "error": "Gone"}, "is bad; is odd"),
+    ({"message": "bad", "error": "is locked"}, "bad", "is locked"),
+    ({"message": "bad", "error": {"message": "odd", "n": [3]}}, "odd", "3"),
+    ({"message": "bad", "code": "E7", "hint": {"a": {"b": 5}}}, "E7", '"b": 5'),
+    ({"error": {"code": "E7"}}, "E7"), (["odd", {"a": 1}], "odd", '"a": 1'),
+    ({"detail": [{"loc": ["body"], "msg": "missing"}]}, "loc", "missing"),
+]
+# fmt: on
 
 
 class Errors(LoopbackTest):
@@ -2319,36 +2199,16 @@ class Errors(LoopbackTest):
         self.assertEqual((one.sent, one.temporary), (False, True))
 
     def test_the_servers_own_words_are_the_message(self):
-        words = "no such thing"
-        for body, message in (
-            ({"message": words}, words),
-            ({"code": 404, "message": words}, words),
-            ({"error": words}, words),
-            ({"error": {"message": words}}, words),
-            ({"message": [words, "nor that"]}, "no such thing; nor that"),
-            ({"error": [words]}, words),
-            ({"message": {"en": words}}, '{"en": "no such thing"}'),
-        ):
+        url = self.service.url + "/v2/agents/my-agent/responses"
+        for body, message in OWN_WORDS:
             with self.subTest(body=body):
                 error = self.api_error(body, 404)
                 self.assertEqual((error.message, error.data), (message, body))
-                url = self.service.url + "/v2/agents/my-agent/responses"
                 wanted = "POST %s: 404 Not Found: %s" % (url, message)
                 self.assertEqual(str(error), wanted)
 
     def test_its_text_shows_all_that_the_service_said(self):
-        errors = [{"path": "body.x", "message": "too long"}, {"path": "body.y"}]
-        for body, *wanted in (
-            ({"message": "bad", "errors": errors}, "body.x", "too long", "body.y"),
-            ({"error": {"message": "bad", "errors": errors}}, "bad", "too long"),
-            ({"message": ["is bad", "is odd"], "error": "Gone"}, "is bad; is odd"),
-            ({"message": "bad", "error": "is locked"}, "bad", "is locked"),
-            ({"message": "bad", "error": {"message": "odd", "n": [3]}}, "odd", "3"),
-            ({"message": "bad", "code": "E7", "hint": {"a": {"b": 5}}}, "E7", '"b": 5'),
-            ({"error": {"code": "E7"}}, "E7"),
-            ({"detail": [{"loc": ["body"], "msg": "missing"}]}, "loc", "missing"),
-            (["odd", {"a": 1}], "odd", '"a": 1'),
-        ):
+        for body, *wanted in ALL_WORDS:
             with self.subTest(body=body):
                 text = str(self.api_error(body, 410, X_Request_Id="r-1"))
                 said = text.partition(": 410 ")[2]
@@ -2358,25 +2218,23 @@ class Errors(LoopbackTest):
         self.assertRegex(str(error), "c-2.*(?i:retry-after): 60")
 
     def test_a_long_body_is_cut_in_the_text_and_whole_in_the_attribute(self):
-        details = {"message": "no", "errors": [{"path": "p%d" % n} for n in range(999)]}
         overhead = len(str(self.api_error(X_Request_Id="r-1")))
-        for body in ("x" * 999, '{"message": "%s"}' % ("y" * 999), json.dumps(details)):
+        for body in ("x" * 999, '{"message": "%s"}' % ("y" * 999), json.dumps(LONG)):
             error = self.api_error(body, X_Request_Id="r-1")
             self.assertEqual(error.body, body)
             self.assertRegex(str(error), r"\.\.\. \(\d+ characters\).*r-1")
             self.assertIn(len(str(error)), range(overhead + 450, overhead + 550))
-        self.assertIn("z" * 480, str(self.api_error(dict(details, errors="z" * 480))))
+        self.assertIn("z" * 480, str(self.api_error(dict(LONG, errors="z" * 480))))
 
     def test_any_other_body_is_kept_as_text(self):
         bodies = b"<html>\n<b>Bad gateway</b>", b"", b"\xff\xfe", b"[1]", b'"x"'
-        for body, status in itertools.product(bodies, (400, 404, 418, 500, 599)):
+        for body, status in itertools.product(bodies, (400, 418, 599)):
             with self.subTest(body=body, status=status):
                 error = self.api_error(body, status)
                 self.assertEqual(error.status_code, status)
                 self.assertIsInstance(error.body, str)
                 self.assertNotIn("\n", str(error))
-                phrase = http.client.responses.get(status, "")
-                self.assertEqual(error.message, phrase)
+                self.assertEqual(error.message, http.client.responses.get(status, ""))
         error = self.api_error(b"<p>\xc3\xa9</p>", 500)
         self.assertEqual((error.body, error.data), ("<p>é</p>", None))
         self.assertIn("<p>é</p>", str(error))
@@ -2388,24 +2246,22 @@ class Errors(LoopbackTest):
             self.assertIsInstance(error.message, str)
 
     def test_a_2xx_without_a_json_object_that_can_be_read_is_an_api_error(self):
-        number = b'{"_id": "r", "n": ' + b"9" * 6000 + b"}"
         bodies = [b"", b"null", b"[]", b'"ok"', b"5", b"<html>", b"{", b"[" * 99999]
-        if hasattr(sys, "set_int_max_str_digits"):
-            bodies.append(number)  # of more digits than Python reads
+        if hasattr(sys, "set_int_max_str_digits"):  # more than Python reads
+            bodies.append(b'{"_id": "r", "n": ' + b"9" * 6000 + b"}")
         for body, status in itertools.product(bodies, (200, 202)):
             with self.subTest(body=body[:20], status=status):
                 error = self.api_error(body, status)
-                found = error.status_code, error.body.encode()
-                self.assertEqual(found, (status, body))
+                self.assertEqual(
+                    (error.status_code, error.body), (status, body.decode())
+                )
                 self.assertIn("JSON", str(error))
 
     def test_no_complete_answer_is_a_connection_error_that_says_what_happened(self):
         for step in (hang_up, break_off, cut_off, then_close(b"SSH-2.0-x\r\n\r\n")):
-            with self.subTest(step=step):
-                error = self.error(orq_min.APIConnectionError, step)
-                self.assertIn("POST " + self.service.url, str(error))
-                self.assertIn("the agent may have run", str(error))
-                self.assertEqual((error.sent, error.temporary), (True, True))
+            error = self.error(orq_min.APIConnectionError, step)
+            self.assertRegex(str(error), "POST %s.*may have run" % self.service.url)
+            self.assertEqual((error.sent, error.temporary), (True, True))
         error = self.error(orq_min.APITimeoutError, Connection.hang, timeout_ms=200)
         self.assertIn("0.2 s", str(error))
         error = self.error(orq_min.APIConnectionError, server_url=closed_url())
@@ -2423,11 +2279,9 @@ class Errors(LoopbackTest):
             self.assertIsNot(again, error)
             self.assertEqual((str(again), repr(again)), (str(error), repr(error)))
             self.assertEqual(set(vars(again)), set(vars(error)))
-            for name in "message status_code body data errors sent temporary".split():
-                found = getattr(again, name, None)
-                self.assertEqual(found, getattr(error, name, None))
-            if isinstance(error, orq_min.APIError):
-                self.assertEqual(again.headers["x-ID"], "7")
+            for name, value in vars(error).items():
+                found = getattr(again, name)
+                self.assertEqual((type(found), str(found)), (type(value), str(value)))
 
 
 # ----------------------------------------------------------------------------
@@ -2444,20 +2298,15 @@ BAD_SERVERS = r"""
 """.split()
 BAD_SERVERS += ["", " ", "https://my orq.ai", "https://my.orq.ai/a b"]
 BAD_SERVERS += ["https://my.orq.ai\r\nX: y", "https://my.orq\t.ai"]
-BAD_SERVERS += [
-    "https://my.orq.ai/" + odd for odd in ("\0x", "\x7f", "\u2028x", "\ud800")
-]
-BAD_SERVERS += ["http\u017f://x:1", "http\u017f://x"]  # a long s, which is no s
-BAD_SERVERS += ["https://%s.ai" % ("x" * 64)]
+BAD_SERVERS += ["https://my.orq.ai/" + o for o in ("\0x", "\x7f", "\u2028x", "\ud800")]
+BAD_SERVERS += ["https://%s.ai" % ("x" * 64), "http\u017f://x"]  # a long s is no s
 NOT_ASCII = [
     "https://bücher.example",
     "https://my.orq.ai\u2100.example",  # IDNA makes my.orq.aia/c.example of it
     "https://my.orq.ai\uff0f.example",  # a slash of full width
     "https://user\uff20my.orq.ai",  # an at sign of full width
 ]
-
-# Server URL -> what a request to it begins with
-GOOD_SERVERS = {
+GOOD_SERVERS = {  # what a request to it begins with
     "https://my.orq.ai": "https://my.orq.ai/v2/",
     "https://my.orq.ai/": "https://my.orq.ai/v2/",
     " https://my.orq.ai\n": "https://my.orq.ai/v2/",
@@ -2468,18 +2317,23 @@ GOOD_SERVERS = {
     "https://[2001:db8::1]/p": "https://[2001:db8::1]/p/v2/",
     "https://xn--bcher-kva.example": "https://xn--bcher-kva.example/v2/",
 }
+# fmt: off
+NO_KEYS = [None, "", " \n", "Bearer", 5, b"k", lambda: None, lambda: "", lambda: 5]
+KEYS = {  # and what is sent
+    "  k\n": "Bearer k", "Bearer k": "Bearer k", "bEARER k\r\n": "bEARER k",
+    "Bearerk": "Bearer Bearerk", "ké": "Bearer ké", "'k": "Bearer 'k",
+    "\ufeffk\n": "Bearer k", "\ufeff Bearer k": "Bearer k",
+}
+# fmt: on
 
 
 class TheKeyAndTheServer(RefusalTest):
     """The key goes to one place: what could send it elsewhere is refused."""
 
-    def setUp(self):
-        super().setUp()
-        unknown = socket.gaierror(socket.EAI_NONAME, "unknown")
-        self.without_names = mock.patch("socket.getaddrinfo", side_effect=unknown)
-
     def test_a_server_url_is_an_address_and_nothing_else(self):
-        with self.without_names:  # so that a mistake does not reach the network
+        unknown = socket.gaierror(socket.EAI_NONAME, "unknown")
+        # so that a mistake does not reach the network
+        with mock.patch("socket.getaddrinfo", side_effect=unknown):
             for url in BAD_SERVERS + NOT_ASCII:
                 with self.subTest(url=ascii(url)):
                     found = self.refused(self.create, server_url=url)
@@ -2490,27 +2344,14 @@ class TheKeyAndTheServer(RefusalTest):
                     error = self.failure(self.orq, server_url=url)
                     wanted = "POST %sagents/my-agent/responses: " % expected
                     self.assertIn(wanted, str(error))
-
-    def test_the_default_server_is_orqs(self):
-        with self.without_names, orq_min.Orq("key") as orq:
-            for empty in ("", " \n"):
+            orq = orq_min.Orq("key")
+            for empty in ("", " \n"):  # the default is Orq's own
                 os.environ["ORQ_BASE_URL"] = empty
                 wanted = "POST https://my.orq.ai/v2/agents/my-agent/responses: "
                 self.assertIn(wanted, str(self.failure(orq)))
 
     def test_a_key_that_cannot_be_sent_is_refused_and_not_repeated(self):
-        missing = (
-            None,
-            "",
-            " \n",
-            "Bearer",
-            5,
-            b"k",
-            lambda: None,
-            lambda: "",
-            lambda: 5,
-        )
-        wrong = [(key, "ORQ_API_KEY") for key in missing]
+        wrong = [(key, "ORQ_API_KEY") for key in NO_KEYS]
         for key in ('"SECRET"', "'SECRET'", ' "Bearer SECRET"\n', '\ufeff"SECRET"'):
             wrong.append((key, "quotes"))
         for bad in "\n\r\0\x7f€\ud800\x85\t\ufeff\u201c":
@@ -2523,16 +2364,7 @@ class TheKeyAndTheServer(RefusalTest):
                 self.assertNotIn("SECRET", found["api_key"])
 
     def test_a_key_is_sent_without_what_files_and_shells_leave_at_its_ends(self):
-        for key, sent in (
-            ("  k\n", "Bearer k"),
-            ("Bearer k", "Bearer k"),
-            ("bEARER k\r\n", "bEARER k"),
-            ("Bearerk", "Bearer Bearerk"),
-            ("ké", "Bearer ké"),
-            ("'k", "Bearer 'k"),
-            ("\ufeffk\n", "Bearer k"),
-            ("\ufeff Bearer k", "Bearer k"),
-        ):
+        for key, sent in KEYS.items():
             with self.subTest(key=key), client(self.service, api_key=key) as orq:
                 self.failure(orq, orq_min.APIError)
                 got = self.service.requests[-1].header("authorization")
@@ -2544,17 +2376,16 @@ class TheKeyAndTheServer(RefusalTest):
             with client(self.service, api_key=key) as orq:
                 self.assertEqual(self.call(orq, http_headers=whole), "You said: hi")
                 given = {"agent_key": "my-agent", "task_id": "unknown"}
-                with self.assertRaises(orq_min.APIError) as caught:
+                with self.assertRaisesRegex(orq_min.APIError, "404"):
                     orq.agents.responses.get(http_headers=whole, **given)
-                self.assertEqual(caught.exception.status_code, 404)
         for request in self.service.requests:
             self.assertEqual(request.header("authorization"), list(whole.values()))
 
     def test_headers_are_latin_1_on_one_line_and_none_of_the_clients_own(self):
         names = ["Host", "content-LENGTH", "Transfer-Encoding", "connection"]
         names += ["", "a b", "a:b", "a\r\nb", "é", "a\n", " a"]
-        wrong = [({name: "1"}, name) for name in names]
         values = "a\r\nX: b", "\0", "€", "\x7f", 5, None, b"x", ["a"]
+        wrong = [({name: "1"}, name) for name in names]
         wrong += [({"x": value}, "x") for value in values]
         wrong += [({5: "x"}, 5), ({"x-a": "1", "X-A": "2"}, "X-A")]
         wrong += [({"Authorization": "a\nb"}, "Authorization")]
@@ -3511,15 +3342,9 @@ class RetryTest(RefusalTest):
 
     def setUp(self):
         super().setUp()
-        self.waits = []
-        self.uniform = random.uniform
-        for name, fake in (
-            ("time.sleep", self.waits.append),
-            ("random.uniform", lambda low, high: high),
-        ):
-            patch = mock.patch(name, fake)
-            patch.start()
-            self.addCleanup(patch.stop)
+        self.waits, self.uniform = [], random.uniform
+        self.enter(mock.patch("time.sleep", self.waits.append))
+        self.enter(mock.patch("random.uniform", lambda low, high: high))
 
     def waits_after(self, *headers, times=1, **given):
         """Have the service say 429 so often; return the waits of one call."""
@@ -3539,6 +3364,10 @@ def backoff(*given, **more):
     return orq_min.RetryConfig("backoff", orq_min.BackoffStrategy(*given), **more)
 
 
+def in_seconds(seconds, form="%a, %d %b %Y %H:%M:%S GMT"):
+    return time.strftime(form, time.gmtime(time.time() + seconds))
+
+
 class WaitsBetweenAttempts(RetryTest):
     """How long is waited: doubling, as the server asks, and never past the end."""
 
@@ -3546,80 +3375,67 @@ class WaitsBetweenAttempts(RetryTest):
         wanted = [0.5, 1, 2, 4, 8, 8]
         self.assertEqual(self.waits_without_a_server(), wanted)
         del self.waits[:]
-        self.service.next(*[{"status": 429}] * 20)
+        self.service.next(*[{"status": 429}] * 7)
         self.assertEqual(self.failure(self.orq).status_code, 429)
-        self.assertEqual(self.waits, wanted)
-        self.assertEqual(len(self.service.requests), 7)
-
-    def test_the_default_waits_are_not_all_alike(self):
-        with mock.patch("random.uniform", self.uniform):
-            seen = sum((self.waits_after() for _ in range(8)), [])
-        self.assertGreater(len(set(seen)), 1)
+        self.assertEqual((self.waits, len(self.service.requests)), (wanted, 7))
+        with mock.patch("random.uniform", self.uniform):  # they are not all alike
+            seen = {wait for _ in range(8) for wait in self.waits_after()}
+        self.assertGreater(len(seen), 1)
         self.assertTrue(all(0.375 <= wait <= 0.5 for wait in seen), seen)
 
-    def test_waits_grow_by_the_exponent_to_the_longest(self):
+    def test_waits_grow_by_the_exponent_to_the_longest_with_jitter_on_top(self):
         config = backoff(100, 1000, 3, 60000)
         self.assertEqual(self.waits_after(times=4, retries=config), [0.1, 0.3, 0.9, 1])
+        config = backoff(100, 400, 2, 60000, 50)
+        self.assertEqual(self.waits_after(times=3, retries=config), [0.15, 0.25, 0.4])
+        config = backoff(100, 60000, 2, 60000, 0)
+        with mock.patch("random.uniform", lambda low, high: low):
+            self.assertEqual(self.waits_after(times=3, retries=config), [0.1, 0.2, 0.4])
 
     def test_the_wait_that_the_server_asks_for_is_kept(self):
-        later = email.utils.formatdate(time.time() + 20, usegmt=True)
         for headers, low, high in (
             ([("Retry-After", "3")], 3, 3),
             ([("Retry-After", " 20 ")], 20, 20),
             ([("Retry-After", "0.25")], 0.25, 0.25),
             ([("retry-after-ms", "250")], 0.25, 0.25),
             ([("Retry-After", "3"), ("Retry-After-Ms", "2500")], 2.5, 2.5),
-            ([("Retry-After", later)], 10, 20),
+            ([("Retry-After", "3"), ("retry-after-ms", "-5")], 3, 3),
+            ([("Retry-After", in_seconds(20))], 10, 20),
         ):
             with self.subTest(headers=headers):
                 (wait,) = self.waits_after(*headers)
                 self.assertTrue(low <= wait <= high, wait)
 
     def test_nonsense_from_the_server_is_passed_over(self):
-        past = "Wed, 21 Oct 2015 07:28:00 GMT"
-        values = ["", "soon", "-5", "nan", "inf", "-inf", "1e400", "0x10", "\xb2", past]
-        names = "Retry-After", "retry-after-ms"
-        for pair in itertools.product(names, values):
+        values = ["", ", :", *"soon -5 nan inf -inf 1e400 0x10 \xb2".split()]
+        values += ["Wed, 21 Oct 2015 07:28:00 GMT", "Wed, 99 Foo 2025 07:28:00 GMT"]
+        values += ["Mon, 1 Jan 0000 0:0:0 GMT"]
+        pairs = [*itertools.product(("Retry-After", "retry-after-ms"), values)]
+        for pair in (*pairs, ("retry-after-ms", "0.1")):  # that would be a storm
             with self.subTest(pair):
                 self.assertEqual(self.waits_after(pair), [0.5])
-        dates = "Wed, 99 Foo 2025 07:28:00 GMT", "Mon, 1 Jan 0000 0:0:0 GMT", ", :"
-        for date in dates:
-            with self.subTest(date):
-                self.assertEqual(self.waits_after(("Retry-After", date)), [0.5])
-        self.assertEqual(self.waits_after(("retry-after-ms", "0.1")), [0.5])  # a storm
-        for value in values[:4]:
-            with self.subTest(value):
-                headers = ("Retry-After", "3"), ("retry-after-ms", value)
-                self.assertEqual(self.waits_after(*headers), [3])
 
     @unittest.skipUnless(hasattr(time, "tzset"), "needs a settable time zone")
     def test_a_date_is_greenwich_time_in_each_form_that_http_knows(self):
         self.addCleanup(time.tzset)
         with mock.patch.dict(os.environ, TZ="EST5"):
             time.tzset()
-            for form in (
-                "%a, %d %b %Y %H:%M:%S GMT",
-                "%A, %d-%b-%y %H:%M:%S GMT",
-                "%a %b %d %H:%M:%S %Y",
-            ):
+            for form in ("%a, %d %b %Y %T GMT", "%A, %d-%b-%y %T GMT", "%c"):
                 with self.subTest(form=form):
-                    date = time.strftime(form, time.gmtime(time.time() + 20))
-                    (wait,) = self.waits_after(("Retry-After", date))
+                    (wait,) = self.waits_after(("Retry-After", in_seconds(20, form)))
                     self.assertTrue(10 <= wait <= 20, wait)
 
     def test_a_wait_that_would_pass_the_end_is_not_begun(self):
-        later = email.utils.formatdate(time.time() + 90, usegmt=True)
-        for value in ("31", "86400", later):
+        for value in ("31", "86400", in_seconds(90)):
             with self.subTest(value=value):
                 del self.waits[:], self.service.requests[:]
-                first = {"status": 429, "headers": {"Retry-After": "1"}}
-                last = {"status": 429, "headers": {"Retry-After": value}}
-                self.service.next(first, last)
+                for seconds in ("1", value):
+                    headers = {"Retry-After": seconds}
+                    self.service.next({"status": 429, "headers": headers})
                 error = self.failure(self.orq, orq_min.APIError)
                 self.assertEqual(error.headers["retry-after"], value)
                 self.assertIn(value, str(error))  # as it was not waited for
-                self.assertEqual(self.waits, [1])
-                self.assertEqual(len(self.service.requests), 2)
+                self.assertEqual((self.waits, len(self.service.requests)), ([1], 2))
 
     def test_the_attempts_count_towards_the_end(self):
         self.service.next({"status": 429, "delay": 0.3}, {"status": 429})
@@ -3637,35 +3453,41 @@ class WaitsBetweenAttempts(RetryTest):
             found = self.waits_after(times=times, retries=config)
             self.assertEqual(found, [wanted] * times)
 
-    def test_jitter_is_added_and_bounded(self):
-        config = backoff(100, 400, 2, 60000, 50)
-        self.assertEqual(self.waits_after(times=3, retries=config), [0.15, 0.25, 0.4])
-        config = backoff(100, 60000, 2, 60000, 0)
-        with mock.patch("random.uniform", lambda low, high: low):
-            self.assertEqual(self.waits_after(times=3, retries=config), [0.1, 0.2, 0.4])
+    def test_the_last_error_is_raised(self):
+        self.service.next({"status": 429}, {"status": 429}, {"status": 400})
+        self.assertEqual(self.failure(self.orq).status_code, 400)
+        self.assertEqual(self.waits, [0.5, 1])
+
+
+# fmt: off
+WRONG_POLICIES = {  # as WRONG_VALUES are
+    "strategy": {"": ["linear", 1, None]}, "retry_connection_errors": {"": ["yes", 1]},
+    "backoff": {"": [500, None, {"initial_interval": 1}]},
+    "status_codes_override": {
+        "": ["5XX", {"429"}], "[1]": [["429", None]],
+        "[0]": [[429], ["5X"], ["600"], ["4290"], ["429\n"], ["\u0664\u0662\u0669"]],
+    },
+}
+UNSET, DEFAULT = orq_min.UNSET, orq_min.DEFAULT_RETRY
+ALL = backoff(1, 1, 1, 1000, retry_connection_errors=True)
+CHOSEN = [  # policy of the client, of the call; a status, and the attempts that follow
+    (UNSET, UNSET, 429, 2), (UNSET, None, 429, 1), (UNSET, ALL, 500, 2),
+    (None, UNSET, 429, 1), (None, DEFAULT, 429, 2), (ALL, UNSET, 500, 2),
+    (ALL, DEFAULT, 500, 1), (ALL, orq_min.RetryConfig("none"), 500, 1),
+]
+# fmt: on
+NO_NUMBERS = [-1, "1", True, float("nan"), float("inf"), [1], 10**400]
 
 
 class PoliciesAreChosen(RetryTest):
     """Which policy a call follows; what each retries is a table, further below."""
 
     def test_a_call_overrides_the_client_which_overrides_the_default(self):
-        none, all_ = None, backoff(1, 1, 1, 1000, retry_connection_errors=True)
-        for of_client, of_call, status, attempts in (
-            (orq_min.UNSET, orq_min.UNSET, 429, 2),
-            (orq_min.UNSET, none, 429, 1),
-            (orq_min.UNSET, all_, 500, 2),
-            (none, orq_min.UNSET, 429, 1),
-            (none, orq_min.DEFAULT_RETRY, 429, 2),
-            (all_, orq_min.UNSET, 500, 2),
-            (all_, orq_min.DEFAULT_RETRY, 500, 1),
-            (all_, orq_min.RetryConfig("none"), 500, 1),
-        ):
+        for of_client, of_call, status, attempts in CHOSEN:
             with self.subTest(client=of_client, call=of_call, status=status):
                 del self.service.requests[:]
                 self.service.next({"status": status})
-                options = {"retry_config": of_client}
-                if of_client is orq_min.UNSET:
-                    options = {}
+                options = {} if of_client is UNSET else {"retry_config": of_client}
                 with client(self.service, **options) as orq:
                     said = self.outcome(orq, retries=of_call)
                 self.assertEqual(said == "You said: hi", attempts == 2, said)
@@ -3673,93 +3495,41 @@ class PoliciesAreChosen(RetryTest):
 
     def test_the_settings_of_old_and_new_programs_are_taken(self):
         m = orq_min
-        old = m.RetryConfig(
-            "backoff", m.BackoffStrategy(500, 60000, 1.5, 3600000), True
-        )
-        new = m.RetryConfig(
-            strategy="backoff",
-            backoff=m.BackoffStrategy(500, 60000, 1.5, 60000, jitter_ms=1),
-            retry_connection_errors=True,
-            status_codes_override=["429", "5XX"],
-        )
-        for config in (old, new):
+        strategy = m.BackoffStrategy(500, 60000, 1.5, 3600000)
+        given = {"strategy": "backoff", "status_codes_override": ["429", "5XX"]}
+        given["backoff"] = m.BackoffStrategy(500, 60000, 1.5, 60000, jitter_ms=1)
+        new = m.RetryConfig(retry_connection_errors=True, **given)
+        for config in (m.RetryConfig("backoff", strategy, True), new):
             self.service.next({"status": 500}, hang_up, {"status": 502})
             self.assertEqual(self.create(retries=config).text, "You said: hi")
-        self.assertEqual(
-            m.BackoffStrategy(), m.BackoffStrategy(500, 60000, 1.5, 3600000)
-        )
+        self.assertEqual(m.BackoffStrategy(), strategy)
         config = m.RetryConfig()
         self.assertIsNone(config.retry_connection_errors)
         self.assertEqual(config, m.RetryConfig("backoff", m.BackoffStrategy(), None))
 
-    def test_the_last_error_is_raised(self):
-        self.service.next({"status": 429}, {"status": 429}, {"status": 400})
-        self.assertEqual(self.failure(self.orq).status_code, 400)
-        self.assertEqual(self.waits, [0.5, 1])
-
-
-class RetrySettingsAreChecked(RefusalTest):
-    """Bad values are a ValidationError that names them, before anything is sent."""
-
-    def test_bad_numbers_are_refused(self):
-        bad = -1, "1", True, float("nan"), float("inf"), [1], 10**400
-        for name in inspect.signature(orq_min.BackoffStrategy).parameters:
-            for value in (*bad, *([] if name == "jitter_ms" else [None])):
-                with self.subTest(name=name, value=str(value)[:9]):
-                    found = self.refused(orq_min.BackoffStrategy, **{name: value})
-                    self.assertEqual(list(found), [name])
+    def test_wrong_settings_are_refused_when_they_are_given(self):
+        names = [field.name for field in dataclasses.fields(orq_min.BackoffStrategy)]
+        numbers = {name: {"": NO_NUMBERS + [None]} for name in names}
+        numbers["jitter_ms"] = {"": NO_NUMBERS}
+        self.assert_refused(orq_min.BackoffStrategy, numbers)
+        self.assert_refused(orq_min.RetryConfig, WRONG_POLICIES)
         found = self.refused(orq_min.BackoffStrategy, -1, -1)
         self.assertEqual(list(found), ["initial_interval", "max_interval"])
-
-    def test_bad_choices_are_refused(self):
-        statuses = "status_codes_override"
-        for name, value, path in (
-            ("strategy", "linear", "strategy"),
-            ("strategy", 1, "strategy"),
-            ("strategy", None, "strategy"),
-            ("backoff", 500, "backoff"),
-            ("backoff", None, "backoff"),
-            ("backoff", {"initial_interval": 1}, "backoff"),
-            ("retry_connection_errors", "yes", "retry_connection_errors"),
-            ("retry_connection_errors", 1, "retry_connection_errors"),
-            (statuses, "5XX", statuses),
-            (statuses, {"429"}, statuses),
-            (statuses, [429], statuses + "[0]"),
-            (statuses, ["429", None], statuses + "[1]"),
-            (statuses, ["5X"], statuses + "[0]"),
-            (statuses, ["600"], statuses + "[0]"),
-            (statuses, ["4290"], statuses + "[0]"),
-            (statuses, ["429\n"], statuses + "[0]"),
-            (statuses, ["\u0664\u0662\u0669"], statuses + "[0]"),
-        ):
-            with self.subTest(name=name, value=value):
-                found = self.refused(orq_min.RetryConfig, **{name: value})
-                self.assertEqual(list(found), [path])
         found = self.refused(orq_min.RetryConfig, "sometimes", 5)
         self.assertEqual(list(found), ["strategy", "backoff"])
 
-    def test_what_is_no_policy_is_refused_at_the_call(self):
-        for retries in ("backoff", True, {}, orq_min.BackoffStrategy()):
-            with self.subTest(retries=retries):
-                found = self.refused(self.create, retries=retries)
-                self.assertEqual(list(found), ["retries"])
-
     def test_a_policy_cannot_be_changed_but_another_made_of_it(self):
-        before = orq_min.RetryConfig(backoff=orq_min.BackoffStrategy(1, 2, 3, 4, 5))
+        before = backoff(1, 2, 3, 4, 5)
         for whole in (orq_min.DEFAULT_RETRY, before):
             for policy in (whole, whole.backoff):
                 for field in dataclasses.fields(policy):
                     with self.assertRaises(dataclasses.FrozenInstanceError):
                         setattr(policy, field.name, True)
-                for again in (
-                    copy.deepcopy(policy),
-                    pickle.loads(pickle.dumps(policy)),
-                ):
-                    self.assertEqual(again, policy)
+                self.assertEqual(copy.deepcopy(policy), policy)
+                self.assertEqual(pickle.loads(pickle.dumps(policy)), policy)
         other = dataclasses.replace(before, retry_connection_errors=True)
         self.assertEqual(other.backoff, before.backoff)
-        for wrong in ({"strategy": "x"}, {"backoff": 5}):
-            self.refused(dataclasses.replace, before, **wrong)
+        self.refused(dataclasses.replace, before, strategy="x")
 
 
 class RetriesAreLogged(RetryTest):
@@ -3776,12 +3546,9 @@ class RetriesAreLogged(RetryTest):
         retries = [r.getMessage() for r in records if r.levelname == "WARNING"]
         self.assertEqual(len(retries), 2)
         for number, (wait, message) in enumerate(zip((3, 7), retries), 1):
-            self.assertRegex(message, r"\b%d\b.*\b%d(\.0)? s" % (number, wait))
-            self.assertIn("429", message)
+            self.assertRegex(message, r"\b%d\b.*\b%d(\.0)? s.*429" % (number, wait))
         others = {r.levelname for r in records if r.getMessage() not in retries}
         self.assertLessEqual(others, {"DEBUG"})
-
-    def test_a_retry_without_an_answer_is_logged_with_its_cause(self):
         self.service.next(hang_up)
         with logged(logging.WARNING) as records:
             self.create(retries=orq_min.RetryConfig(retry_connection_errors=True))
@@ -3789,9 +3556,8 @@ class RetriesAreLogged(RetryTest):
         self.assertIn("closed", record.getMessage())
 
     def test_nothing_is_logged_for_what_is_not_tried_again(self):
-        self.service.next(
-            {"status": 500}, {"status": 429, "headers": {"Retry-After": "99"}}
-        )
+        late = {"status": 429, "headers": {"Retry-After": "99"}}
+        self.service.next({"status": 500}, late)
         with logged(logging.INFO) as records:
             self.failure(self.orq, orq_min.APIError)
             self.failure(self.orq, orq_min.APIError)
@@ -3802,9 +3568,13 @@ class RetriesAreLogged(RetryTest):
 class RetriesWithAsyncio(LoopbackTest):
     """create_async and get_async follow the same policy, and never block the loop."""
 
+    def create_async(self):
+        create = self.orq.agents.responses.create_async
+        return create(agent_key="my-agent", message="hi")
+
     def test_they_wait_without_blocking_the_loop(self):
         step = {"status": 429, "headers": {"retry-after-ms": "200"}}
-        responses, task_id = self.orq.agents.responses, self.create().task_id
+        get, task_id = self.orq.agents.responses.get_async, self.create().task_id
 
         async def main(call):
             task, ticks = asyncio.ensure_future(call), 0
@@ -3814,10 +3584,7 @@ class RetriesWithAsyncio(LoopbackTest):
                 ticks += 1
             return (await task).text, time.perf_counter() - started, ticks
 
-        for call in (
-            responses.create_async(agent_key="my-agent", message="hi"),
-            responses.get_async(agent_key="my-agent", task_id=task_id),
-        ):
+        for call in (self.create_async(), get(agent_key="my-agent", task_id=task_id)):
             self.service.next(step, step)
             with logged(logging.WARNING) as records:
                 text, seconds, ticks = asyncio.run(main(call))
@@ -3825,22 +3592,12 @@ class RetriesWithAsyncio(LoopbackTest):
             self.assertGreaterEqual(seconds, 0.39)
             self.assertGreater(ticks, 8)
 
-    def test_it_tries_once_or_raises_at_once_where_create_does(self):
-        create = self.orq.agents.responses.create_async
-        late = {"status": 429, "headers": {"Retry-After": "31"}}
-        for step, given in (({"status": 429}, {"retries": None}), (late, {})):
-            self.service.next(step)
-            with self.assertRaises(orq_min.APIError):
-                asyncio.run(create(agent_key="my-agent", message="hi", **given))
-        self.assertEqual(len(self.service.requests), 2)
-
     def test_a_cancelled_wait_sends_nothing_more(self):
         self.service.next({"status": 429, "headers": {"retry-after-ms": "600"}})
         before = threading.active_count()
 
         async def main():
-            create = self.orq.agents.responses.create_async
-            task = asyncio.ensure_future(create(agent_key="my-agent", message="hi"))
+            task = asyncio.ensure_future(self.create_async())
             while not records:
                 await asyncio.sleep(0.01)
             task.cancel()
