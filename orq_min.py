@@ -667,7 +667,7 @@ class _JsonField(NamedTuple):
     python_name: str
     allowed: _Allowed
     choices: Tuple[str, ...]  # of a text; () if it is free
-    is_special: bool  # see `_content_problems`
+    is_special: bool  # see `_check_text`
 
 
 @functools.lru_cache(maxsize=None)  # so that the annotations of a class are read once
@@ -767,9 +767,7 @@ def _encode_object(
             where, count = _at(path, name), len(problems)
             encoded[name] = _encode(own.allowed, content, where, problems)
             if own.is_special and len(problems) == count:
-                problems += [
-                    (where, wrong) for wrong in _content_problems(own, content)
-                ]
+                _check_text(own, content, where, problems)
         elif own.allowed.required:
             problems.append((_at(path, name), "required"))
     if is_mapping:
@@ -799,17 +797,18 @@ def _no_model(
     return _at(path, "kind"), "required" if is_missing else f"must be {kinds}"
 
 
-def _content_problems(own: _JsonField, value: str) -> Iterator[str]:
-    """What is wrong with a text that may not be any text."""
-    if own.choices and value not in own.choices:
-        yield "must be " + " or ".join(map(repr, own.choices))
+def _check_text(own: _JsonField, text: str, path: str, problems: Problems) -> None:
+    """Check a text that may not be any text."""
+    if own.choices and text not in own.choices:
+        problems.append((path, "must be " + " or ".join(map(repr, own.choices))))
     if own.python_name == "bytes_":  # of BinaryFormat
         alphabet = string.ascii_letters + string.digits + "+/=-_\r\n"
         # translate, as a regular expression takes a second for a large file; whether
         # the padding is right is for the service to say
-        others = value.encode("utf-8", "replace").translate(None, alphabet.encode())
-        if others or not value.strip():
-            yield "must be base64 text (FilePart.from_path makes it of a file)"
+        others = text.encode("utf-8", "replace").translate(None, alphabet.encode())
+        if others or not text.strip():
+            wrong = "must be base64 text (FilePart.from_path makes it of a file)"
+            problems.append((path, wrong))
 
 
 def _unknown(name: Any, known: Sequence[str]) -> str:
