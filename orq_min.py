@@ -676,7 +676,7 @@ def _json_fields(model: Any) -> Dict[str, _JsonField]:
     # given our names, it works where annotations are text or the module is not listed
     annotations = typing.get_type_hints(model, globals())
     found = {}
-    for name in [own.name for own in fields(model)]:
+    for name in [own.name for own in fields(model) if own.name != "raw"]:
         allowed, choices = _allowed_by(annotations[name]), _entry_for(_CHOICES, model)
         is_special = name in choices or name == "bytes_"
         own = _JsonField(name, allowed, choices.get(name, ()), is_special)
@@ -962,12 +962,13 @@ class BackoffStrategy:
     """How long to wait between attempts, in milliseconds.
 
     A wait that would end after `max_elapsed_time` is not begun. Up to `jitter_ms` is
-    added at random; if it is None, up to a quarter of the wait is taken away.
+    added at random, within `max_interval`; if it is None, up to a quarter of the wait
+    is taken away.
     ValidationError if one is not a number, or negative.
     """
 
     initial_interval: float = 500  # the first wait
-    max_interval: float = 60_000  # the longest wait
+    max_interval: float = 60_000  # the longest wait, unless the server asks for more
     exponent: float = 1.5  # the growth from one wait to the next
     max_elapsed_time: float = 3_600_000
     jitter_ms: Optional[float] = None
@@ -1427,6 +1428,7 @@ class _Incoming(io.RawIOBase):
     def __init__(self, connection: "_Connection") -> None:
         self._connection = connection
         self.at_end = False  # the peer has closed the connection
+        self.ahead = bytearray()
 
     def readable(self) -> bool:
         return True
@@ -1435,16 +1437,21 @@ class _Incoming(io.RawIOBase):
         connection = self._connection
         if connection.attempt is None:
             return None  # is_done looks at what is there, and reads nothing
-        receive = connection.sock.recv_into
-        if not connection.is_sending:
-            received: int = connection.in_turns(False, receive, buffer)
-        else:
-            try:
-                received = receive(buffer)
-            except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
-                return None  # nothing is there yet
+        if self.ahead:
+            count = min(len(buffer), len(self.ahead))
+            buffer[:count] = self.ahead[:count]
+            del self.ahead[:count]
+            return count
+        received: int = connection.in_turns(False, connection.sock.recv_into, buffer)
         self.at_end = not received
         return received
+
+    def look_ahead(self) -> None:
+        """Take what has come while a request is sent; `readinto` gives it out later."""
+        try:
+            self.ahead += self._connection.sock.recv(BLOCK_BYTES)
+        except (BlockingIOError, ConnectionError, ssl.SSLError):
+            pass  # nothing is there; if the connection is broken, sending says so
 
     def close(self) -> None:
         """Stay open, as this is no more than a view of the connection."""
@@ -1491,16 +1498,16 @@ class _Connection:
             except BlockingIOError:
                 writing = for_writing
             is_ready = _wait_until_ready(self.sock, writing, min(TURN_SECONDS, left))
-            if self.is_sending and not is_ready and self._is_answered():
+            if self.is_sending and not is_ready and self._is_answered(b"2345"):
                 raise _AnsweredEarly()
 
-    def _is_answered(self) -> bool:
+    def _is_answered(self, statuses: bytes) -> bool:
         """Whether a final answer has begun to come; those of 1XX are passed over."""
-        received = self._reader.peek(1)
-        while received[9:10] == b"1" and b"\r\n\r\n" in received:
-            self._reader.read(received.index(b"\r\n\r\n") + 4)
-            received = self._reader.peek(1)
-        return received[9:10] in (b"2", b"3", b"4", b"5")
+        self._incoming.look_ahead()
+        ahead = self._incoming.ahead
+        while ahead[9:10] == b"1" and b"\r\n\r\n" in ahead:
+            del ahead[: ahead.index(b"\r\n\r\n") + 4]
+        return len(ahead) > 9 and ahead[9] in statuses
 
     def send(self, view: memoryview) -> None:
         while view:
@@ -1546,7 +1553,7 @@ class _Connection:
             answer = _Answer(self, method)
             try:
                 answer.begin()
-            finally:  # even if its head breaks off
+            finally:  # its status comes first, even if its head breaks off
                 is_2xx = str(answer.status).startswith("2")
                 attempt = cast(_Attempt, self.attempt)
                 attempt.is_accepted = is_2xx and method != "CONNECT"
@@ -1564,6 +1571,9 @@ class _Connection:
             self.send(memoryview(attempt.head() + body[:BLOCK_BYTES]))
             self.send(memoryview(body)[BLOCK_BYTES:])
             attempt.has_left = True
+        except _TimeUp:
+            attempt.is_accepted = self._is_answered(b"2")
+            raise
         except (_AnsweredEarly, ConnectionError, ssl.SSLError):
             pass  # a server may answer (401, 413) before it has all; has_left is false
         finally:
@@ -1583,7 +1593,8 @@ class _Connection:
     def is_done(self) -> bool:
         """Whether all that was received has been read."""
         is_tls = isinstance(self.sock, ssl.SSLSocket)
-        return not self._reader.peek(1) and not (is_tls and self.sock.pending())
+        is_read = not self._reader.peek(1) and not self._incoming.ahead
+        return is_read and not (is_tls and self.sock.pending())
 
     def is_quiet(self) -> bool:
         """Whether the peer has neither closed it nor sent anything unasked."""
@@ -2112,7 +2123,8 @@ class Responses:
         retries: what to try again; None tries once (default: the client's)
         server_url: in place of the client's
         timeout_ms: milliseconds for each attempt, in place of the client's
-        http_headers: to add, or to send in place of ours, Authorization too
+        http_headers: to add, or to send in place of ours; Authorization, too, which
+            the variables of a traceback then show
         extra_body: fields of the body that this file does not know
 
         Raises ValidationError before anything is sent, APIError for any answer but a
@@ -2799,6 +2811,10 @@ def _print_answer(res: CreateAgentResponseResponseBody, options: Any) -> int:
     return status
 
 
+# The finish_reason of an answer that a limit cut.
+_CUT = ("length", "max_iterations", "max_time", "content_filter")
+
+
 def _notes(res: CreateAgentResponseResponseBody, options: Any) -> Iterator[str]:
     """What standard error says beside an answer."""
     if res.error:
@@ -2830,10 +2846,6 @@ def _next_steps(
         fetch = f"fetch its answer with --wait={shlex.quote(task_id)}"
         runs_on = background and not res.error
         yield fetch if runs_on else f"continue with {task}"
-
-
-# The finish_reason of an answer that a limit cut.
-_CUT = ("length", "max_iterations", "max_time", "content_filter")
 
 
 def _show_seconds(done: threading.Event) -> None:

@@ -5547,17 +5547,31 @@ class ServersThatAnswerEarly(ServerTest):
     """A server that answers while a large request is sent is heard, as by curl."""
 
     def test_a_refusal_ends_the_sending(self):
-        def refuse(peer):
-            peer.send(head("100 Continue"))
-            peer.pause(0.4)
-            peer.send(reply(b'{"message": "go away"}', "413 Payload Too Large"))
-            peer.pause(20)  # and reads no more
+        refusal = reply(b'{"message": "go away"}', "413 Payload Too Large")
+        whole = head("100 Continue") + refusal
+        for tls, cut in itertools.product((None, server_context()), (0, 8, 20, 33)):
 
-        for tls in (None, server_context()):
+            def refuse(peer, cut=cut):
+                peer.send(whole[:cut])
+                peer.pause(0.4 if cut else 0)
+                peer.send(whole[cut:])
+                peer.pause(20)  # and reads no more
+
             server = self.server(refuse, tls=tls, early=True)
-            with self.subTest(tls=bool(tls)), within(5):
+            with self.subTest(tls=bool(tls), cut=cut), within(5):
                 error = self.failure(self.client(server), orq_min.APIError, text=LARGE)
                 self.assertEqual(error.status_code, 413)
+
+    def test_an_answer_that_began_in_time_has_run_the_agent(self):
+        def begin(peer):
+            peer.send(head("200 OK", "Content-Length: 9"))
+            while peer.sock.recv(4096):  # and goes on reading, slowly
+                peer.pause(0.002)
+
+        server = self.server(begin, early=True)
+        orq = self.client(server, timeout_ms=200)
+        error = self.failure(orq, orq_min.APIConnectionError, text=LARGE)
+        self.assertTrue(error.sent)
 
     def test_an_interim_answer_does_not(self):
         def read_late(peer):
