@@ -405,8 +405,9 @@ def _mime_type(name: Any) -> Optional[str]:
 # --- Answer types -----------------------------------------------------------
 # The annotations are what the schema promises, and the defaults are for one who builds
 # an answer by hand, as in a test. What comes is not checked but kept: a field that did
-# not come is None, one of another type stays as it came, and one that is unknown here
-# becomes an attribute of its name if that is free and does not begin with "_".
+# not come is None (`output` and `parts` are a list), one of another type stays as it
+# came, and one that is unknown here becomes an attribute of its name if that is free and
+# does not begin with "_".
 
 
 @dataclass
@@ -996,7 +997,8 @@ class RetryConfig:
     429. False and True are those of the official client, under which an agent may run
     again and again: 429, 500, 502, 503 and 504, and, if True, whatever brought no
     complete answer. `status_codes_override`, such as ["429", "5XX"], takes the place
-    of the statuses. A complete 2XX is never retried. The default of `backoff` goes on
+    of the statuses. Never retried is a complete 2XX, or what another attempt cannot mend,
+    such as a bad certificate or a proxy that refuses (`temporary` of the error). The default of `backoff` goes on
     for an hour, DEFAULT_RETRY's for 30 s. ValidationError if a value is another.
     """
 
@@ -1150,8 +1152,11 @@ def _spellings(authorization: _Hidden) -> Iterator[_Hidden]:
     yield _Hidden(json.dumps(key.value)[1:-1])
     yield _Hidden(json.dumps(key.value)[1:-1].replace("/", r"\/"))
     yield _Hidden(json.dumps(key.value, ensure_ascii=False)[1:-1])
-    yield _Hidden(urllib.parse.quote(key.value))
-    yield _Hidden(urllib.parse.quote(key.value, safe=""))
+    for safe in ("/", ""):
+        quoted = _Hidden(urllib.parse.quote(key.value, safe))
+        yield quoted
+        # some servers write %2f for %2F (RFC 3986, section 2.1)
+        yield _Hidden(re.sub("%..", lambda match: match[0].lower(), quoted.value))
 
 
 @functools.lru_cache(maxsize=16)
@@ -1303,6 +1308,10 @@ class _Attempt(urllib.request.Request):
 
     Our own headers are not among its `headers`: what a wrapper of the opener adds there
     is sent too, and what it records does not hold the key.
+
+    How far it came: `is_connected`; `has_left`, all of the request was given to the
+    system; `is_accepted`, a 2XX began to come, whatever had left. With one of the last
+    two, a POST counts as `sent`: the agent may have run.
     """
 
     def __init__(self, request: _Request, cancelled: Optional[threading.Event]) -> None:
@@ -1311,9 +1320,9 @@ class _Attempt(urllib.request.Request):
         self.proxy: Optional[_Proxy] = None
         self.answer: Optional[_Answer] = None
         self.failure: Optional[APIConnectionError] = None  # or why there is no answer
-        self.is_connected = False  # and TLS, where it is wanted, is there
-        self.has_left = False  # the last byte of the request was given to the system
-        self.is_accepted = False  # a 2XX began to come, whatever had left
+        self.is_connected = False
+        self.has_left = False
+        self.is_accepted = False
         self._cancelled = cancelled  # set by another thread, to end the call
         self._last = _now() + request.seconds
         self.allow(request.seconds, "no complete answer came")
@@ -1428,7 +1437,7 @@ class _Incoming(io.RawIOBase):
     def __init__(self, connection: "_Connection") -> None:
         self._connection = connection
         self.at_end = False  # the peer has closed the connection
-        self.ahead = bytearray()
+        self.ahead = bytearray()  # taken while a request was sent, not read yet
 
     def readable(self) -> bool:
         return True
@@ -1575,7 +1584,9 @@ class _Connection:
             attempt.is_accepted = self._is_answered(b"2")
             raise
         except (_AnsweredEarly, ConnectionError, ssl.SSLError):
-            pass  # a server may answer (401, 413) before it has all; has_left is false
+            # A server may answer (401, 413) before it has all: read that, if it is there.
+            # has_left stays false, so without a 2XX this does not count as sent.
+            pass
         finally:
             self.is_sending = False
         answer = self._read_head(attempt.request.method)
@@ -1867,7 +1878,7 @@ class _Handler(urllib.request.BaseHandler):
             else:
                 connection.close()
         if answer.status == 407 and attempt.proxy and attempt.type == "http":
-            attempt.has_left = False  # for the proxy, but not for the server
+            attempt.has_left = False  # for the server: the proxy has kept it
             raise _ProxyFault(
                 "the proxy refused with 407 Proxy Authentication Required"
             )
@@ -2330,7 +2341,7 @@ class Responses:
             message = "attempt %d failed, next in %.1f s: %s"
             _log.warning(message, number, seconds, reason)
             pause(seconds)
-            elapsed += seconds  # as tests may have replaced the sleep
+            elapsed += seconds  # no clock tells of a sleep that a test has replaced
 
     def _try(
         self, attempt: _Attempt

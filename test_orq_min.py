@@ -5633,6 +5633,12 @@ class MoreFaultsInWords(ServerTest):
         orq = self.client(server, api_key="Bearer  test-key-123")
         self.assertEqual(self.failure(orq).message, "bad ***")
 
+    def test_a_key_that_a_url_writes_in_small_letters_is_masked(self):
+        for echo in (b"sek%2Fret%2B1", b"sek%2fret%2b1", b"sek/ret%2b1"):
+            server = self.server(reply(b"bad " + echo, "401 No"))
+            error = self.failure(self.client(server, api_key="sek/ret+1"))
+            self.assertTrue(str(error).endswith("bad ***"), error)
+
     def test_a_2xx_that_began_to_come_is_followed_by_no_attempt(self):
         """The agent has run, though not all of the request had left."""
 
