@@ -1611,7 +1611,7 @@ def _add_options(parser: Any) -> None:
     add("--server-url", metavar="URL", help="in place of ORQ_BASE_URL")
     add("--timeout", type=float, metavar="SECONDS", help="for each attempt, or --wait")
     either = parser.add_mutually_exclusive_group().add_argument
-    either("--retry", **flag, help="retry all that may help, for 30 s; agents may rerun")
+    either("--retry", **flag, help="retry what may help for 30 s (agents may rerun)")
     either("--no-retry", **flag, help="try once")
     add("--json", **flag, help="print the whole answer, indented")
     add("--dry-run", **flag, help="print the request, and send nothing")
