@@ -899,7 +899,7 @@ class _Connection(io.RawIOBase):
         """Send the request and read the answer."""
         self.attempt, attempt.is_connected = attempt, True
         attempt.begin_step(attempt.seconds)
-        client: Any = _Client("")
+        client: Any = _Client(attempt.host)
         client.sock = self
         headers = {**attempt.sent_headers(), "Authorization": attempt.authorization}
         target = attempt.selector
@@ -912,6 +912,7 @@ class _Connection(io.RawIOBase):
         except (ConnectionError, ssl.SSLError):
             pass  # the server may have answered (401, 413) before it had it all
         answer: _Answer = client.getresponse()
+        answer.url = attempt.full_url  # a wrapper of the opener may ask for it
         answer.will_close = answer.will_close or not attempt.has_left
         is_2xx = 200 <= answer.status < 300  # the agent has run, whatever has left
         attempt.has_left = attempt.has_left or is_2xx
