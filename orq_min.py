@@ -1626,6 +1626,7 @@ def _parse(argv: List[str]) -> Any:
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
+            message = re.sub("(arguments: [^ =]*).*", r"\1", message)  # no key in it
             _fail("usage", f"{message} (--help says more)")
 
     parser = Parser(
@@ -1738,9 +1739,9 @@ def _read_message(options: Any) -> Any:
 def _wait_for(get: Callable[..., Any], options: Any, settings: Dict[str, Any]) -> Any:
     """The answer of a task that has ended, within --timeout if that is given."""
     limit = float("inf") if options.timeout is None else options.timeout
-    started, reason = _now(), ""
-    settings["timeout_ms"] = 1000 * min(30.0, limit)
+    started, left = _now(), limit
     while True:
+        settings["timeout_ms"] = 1000 * min(left, 30.0)
         pause = 1.0 if _now() - started < 30 else 5.0
         try:
             res = get(**settings, task_id=options.wait)
@@ -1749,12 +1750,12 @@ def _wait_for(get: Callable[..., Any], options: Any, settings: Dict[str, Any]) -
         except (APIError, APIConnectionError) as error:
             if not _should_retry(error, DEFAULT_RETRY, runs_agent=False):
                 raise
-            pause, reason = max(pause, min(60, _asked_wait(error))), f" ({error})"
-        left = limit - (_now() - started) - pause
-        if left < 0:
-            raise APITimeoutError(f"no end of {options.wait} in {limit:g} s{reason}")
-        time.sleep(pause)
-        settings["timeout_ms"] = 1000 * min(30.0, max(left, 0.1))
+            pause = max(pause, min(60, _asked_wait(error)))
+            _log.warning("asking again in %g s: %s", pause, error)
+        time.sleep(max(0, min(pause, limit - (_now() - started))))
+        left = limit - (_now() - started)
+        if left <= 0:
+            raise APITimeoutError(f"{options.wait} has not ended within {limit:g} s")
 
 
 def _make_call(responses: Responses, options: Any) -> Any:
@@ -1763,7 +1764,7 @@ def _make_call(responses: Responses, options: Any) -> Any:
     settings["retries"] = None if options.no_retry or options.wait else UNSET
     if options.timeout is not None:
         settings["timeout_ms"] = options.timeout * 1000
-    if options.retry:
+    if options.retry and options.wait is None:
         settings["retries"] = RetryConfig("backoff", DEFAULT_RETRY.backoff, True)
     if options.wait is not None:
         return _wait_for(responses.get, options, settings)
@@ -1828,17 +1829,18 @@ def _notes(res: _Result, text: str, options: Any) -> Iterator[str]:
 def _print_answer(res: _Result, options: Any) -> int:
     """Print an answer and what is to be said of it. Return the exit status."""
     status, text = 1 if res.error else 0, res.text
-    if options.json:  # which reads 1e400 as infinity, for which JSON has no number
-        raw = json.loads(json.dumps(res.raw), parse_constant=lambda _: None)
-        text = json.dumps(raw, indent=2, ensure_ascii=False)
-    elif options.background:
-        text = str(res.task_id or "")
     try:
+        if options.json:  # which reads 1e400 as infinity, for which JSON has no number
+            raw = json.loads(json.dumps(res.raw), parse_constant=lambda _: None)
+            is_utf = str(sys.stdout and sys.stdout.encoding).lower().startswith("utf")
+            text = json.dumps(raw, indent=2, ensure_ascii=not is_utf)
+        elif options.background:
+            text = str(res.task_id or "")
         if text:
             _print(sys.stdout, text)
     except BrokenPipeError:
         pass  # `| head -1` has seen enough
-    except OSError as error:
+    except (OSError, RecursionError) as error:  # json writes less deep than it reads
         _note(f"cannot print the answer of task {res.task_id}: {error}")
         status = 1
     for note in _notes(res, text, options):
@@ -1874,7 +1876,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         if isinstance(error, ValidationError):
             return 2
         return 1 if isinstance(error, APIError) else 3
-    except (OSError, RecursionError) as error:  # json writes less deep than it reads
+    except OSError as error:
         _note(f"failed: {error}")
         return 1
     except KeyboardInterrupt:
