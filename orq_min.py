@@ -167,7 +167,7 @@ class _Readable:
         return self.get(name)
 
     def get(self, name: str, default: Any = None) -> Any:
-        value = vars(self).get(_PYTHON_NAMES.get(name, name))
+        value = vars(self).get(_PYTHON_NAMES.get(name, name), vars(self).get(name))
         return default if value is None else value
 
 
@@ -313,7 +313,7 @@ class ErrorPart(_Readable):
     kind: str = "error"
 
 
-@dataclass(repr=False, eq=False)  # a namespace shows and compares all that it holds
+@dataclass(repr=False, eq=False)  # a namespace's show and compare unknown fields too
 class UnknownPart(types.SimpleNamespace, _Readable):
     """A part of a kind that is unknown here. Its fields are its attributes."""
 
@@ -409,7 +409,7 @@ class CreateAgentResponseResponseBody(_Readable):
         reasons = [self.raw.get("error")]
         for m in _messages_of_agent(self.output):
             reasons += [p.error or "error" for p in m.parts if isinstance(p, ErrorPart)]
-        if self.status in ("failed", "canceled", "rejected") and not any(reasons):
+        if self.status in _FAILED_STATES and not any(reasons):
             status = self.raw.get("status")
             why = status.get("message") if isinstance(status, dict) else None
             reason = _text_of(_decode(_allowed_by(List[Output]), [why]))
@@ -418,6 +418,7 @@ class CreateAgentResponseResponseBody(_Readable):
 
 
 _Result = CreateAgentResponseResponseBody
+_FAILED_STATES = ("failed", "canceled", "rejected")
 
 
 def _messages_of_agent(output: Any) -> List[Output]:
@@ -474,8 +475,7 @@ def _allowed_by(annotation: Any) -> _Allowed:
 def _fields_of(model: Any) -> Dict[str, Tuple[str, _Allowed]]:
     """(name in JSON, what is allowed) for each field, by its name in Python."""
     hints = typing.get_type_hints(model, globals())  # also if they are text (PEP 563)
-    names = [each.name for each in fields(model)]
-    return {n: (_JSON_NAMES.get(n, n), _allowed_by(hints[n])) for n in names}
+    return {n: (_JSON_NAMES.get(n, n), _allowed_by(hint)) for n, hint in hints.items()}
 
 
 def _choose(models: Sequence[Any], values: Mapping[Any, Any]) -> Any:
@@ -545,7 +545,7 @@ def _encode_free(value: Any, path: str, problems: Problems, parents: Any = ()) -
     """The JSON form of a free-form value. `parents` are the ids of what it is in."""
     if value is None or isinstance(value, str) or _is_number(value):
         return value
-    if id(value) in parents or len(parents) == 100:
+    if id(value) in parents or len(parents) == 100:  # levels
         problems.append((path, "contains itself, or is nested too deeply"))
         return None
     parents, simpler = (*parents, id(value)), _simplify(value)
@@ -556,6 +556,8 @@ def _encode_free(value: Any, path: str, problems: Problems, parents: Any = ()) -
             at = _join(path, name)
             if not isinstance(name, str) and type(name) is not int:
                 problems.append((at, f"{_describe(name)} as a name has no JSON form"))
+            if str(name) in encoded:
+                problems.append((at, "given twice"))
             encoded[str(name)] = _encode_free(item, at, problems, parents)
         return encoded
     if _is_list(simpler):
@@ -576,8 +578,8 @@ def _simplify(value: Any) -> Any:
     if isinstance(value, (datetime.date, datetime.time)):
         is_real = value == value  # noqa: PLR0124 (pandas.NaT is a date, but is not)
         return re.sub(r"\+00:00$", "Z", value.isoformat()) if is_real else value
-    is_decimal = isinstance(value, decimal.Decimal) and value.is_finite()
-    if is_decimal or isinstance(value, uuid.UUID):
+    is_finite = isinstance(value, decimal.Decimal) and value.is_finite()
+    if is_finite or isinstance(value, uuid.UUID):
         return str(value)
     if isinstance(value, os.PathLike):
         return os.fspath(value)
@@ -627,7 +629,7 @@ def _decode(allowed: _Allowed, value: Any) -> Any:
         attributes[python_name] = _decode(own, content)
     for name in value:
         is_known = name in attributes or _PYTHON_NAMES.get(name) in attributes
-        # a method and the like keep their names
+        # what is unknown must not hide a method or a property
         if not is_known and not name.startswith("_") and not hasattr(model, name):
             attributes[name] = value[name]
     return decoded
@@ -664,13 +666,13 @@ class BackoffStrategy(_Checked):
 class RetryConfig(_Checked):
     """What to try again, and when. None in its place tries once.
 
-    `retry_connection_errors`   what is tried again
-        None (safe)   a request that did not leave completely, and 429 (RFC 6585: too
-                      many requests); for `get`, which runs no agent, as with True
-        False         429, 500, 502, 503, 504; the agent may run again
-        True          these, and what brought no complete answer; the same
-    `status_codes_override`, such as ["429", "5XX"], takes the place of the statuses.
-    No complete 2XX is tried again, nor what cannot get better: a bad certificate.
+    `retry_connection_errors`, the official client's name, chooses what is tried again:
+        None     safe: a request that did not leave completely, and 429 (RFC 6585)
+        False    429, 500, 502, 503 and 504: THE AGENT MAY RUN AGAIN
+        True     these, and whatever brought no complete answer: THE AGENT MAY RUN AGAIN
+    For `get`, which runs no agent, None is as True. `status_codes_override`, such as
+    ["429", "5XX"], takes the place of the statuses. No complete 2XX is tried again,
+    and nothing that cannot get better, such as a certificate that is not accepted.
     """
 
     strategy: str = "backoff"  # "none" tries once
@@ -732,7 +734,7 @@ def _asked_wait(error: OrqError) -> float:
 # opener has no other handler: no redirect is followed, and no other scheme exists.
 # http.client writes the request and reads the answer, on a connection of ours.
 
-# A silent peer is asked: it may be gone, or a NAT may forget the connection (seconds).
+# TCP's keep-alive, in seconds: it finds a dead peer, and keeps a NAT's entry alive.
 _KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPALIVE": 60}
 _KEEPALIVE.update({"TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4})
 
@@ -743,17 +745,17 @@ _BLOCKED = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 _cancel_event: Any = contextvars.ContextVar("_cancel_event", default=None)
 
 
-class _NoAnswer(Exception):
-    """Why there is no answer, if we found that out and not the system."""
+class _GivenUp(Exception):
+    """Why we ended an attempt ourselves, where the system reported no error."""
 
     temporary = False
 
 
-class _TimeUp(_NoAnswer):
+class _TimeUp(_GivenUp):
     temporary = True
 
 
-_FAILURES = (_NoAnswer, OSError, http.client.HTTPException, zlib.error)
+_FAILURES = (_GivenUp, OSError, http.client.HTTPException, zlib.error)
 
 
 def _now(clock: Callable[[], float] = time.perf_counter) -> float:
@@ -787,7 +789,7 @@ class _Attempt(urllib.request.Request):
     ) -> None:
         super().__init__(url, headers=headers, method="GET" if body is None else "POST")
         self.authorization = authorization  # not among `headers`
-        self.body = body
+        self.body = body  # not urllib's `data`, which wrappers may record
         self.runs_agent = body is not None
         self.seconds = seconds
         self.deadline = self.step_deadline = _now() + seconds
@@ -804,7 +806,7 @@ class _Attempt(urllib.request.Request):
     def turn(self) -> float:
         """Seconds to wait at most. Raises if none are left, or the call was cancelled."""
         if self.cancelled is not None and self.cancelled.is_set():
-            raise _NoAnswer("the task was cancelled")
+            raise _GivenUp("the task was cancelled")
         left = self.step_deadline - _now()
         if left <= 0:
             what = "complete answer" if self.is_connected else "connection"
@@ -839,7 +841,7 @@ class _Answer(http.client.HTTPResponse):
             self.will_close = True
         elif self.length:  # at an early end, read1 just returns b""
             raise http.client.IncompleteRead(b"", self.length)
-        if self.headers.get("content-encoding", "").lower() == "gzip":  # unasked
+        if content[:2] == b"\x1f\x8b":  # gzip, which was not asked for; 31: its header
             self.content = zlib.decompressobj(31).decompress(content, MAX_ANSWER_BYTES)
 
     def idle_seconds(self) -> float:
@@ -848,7 +850,7 @@ class _Answer(http.client.HTTPResponse):
         is_framed = len(lengths) + self.chunked == 1 and not self.headers.defects
         if not is_framed or self.will_close or self.status < 200:
             return 0  # its end was in doubt
-        # a server that asks for less hangs up when its time is over, not ours
+        # the server may hang up sooner, and its closing takes a moment to arrive
         asked = re.search("timeout=([0-9]+)", self.headers.get("keep-alive", ""))
         return min(IDLE_SECONDS, float(asked[1]) - 0.5) if asked else IDLE_SECONDS
 
@@ -860,7 +862,7 @@ class _Client(http.client.HTTPConnection):
 
 class _Reader(io.BufferedReader):
     def close(self) -> None:
-        """Stay open, to be asked whether more has come than an answer."""
+        """Do nothing: `end_exchange` asks whether more has come than an answer."""
 
 
 class _Connection(io.RawIOBase):
@@ -870,7 +872,7 @@ class _Connection(io.RawIOBase):
     in turns, between which the deadline, a cancelled task and Ctrl-C are noticed.
     """
 
-    attempt: Any = None  # None while it is idle
+    attempt: Any = None  # the one in progress; without one, nothing is waited for
 
     def __init__(self, route: Tuple[Any, ...], attempt: _Attempt) -> None:
         self.route = route  # an attempt with an equal one may use it
@@ -889,7 +891,7 @@ class _Connection(io.RawIOBase):
             answer = http.client.HTTPResponse(cast(Any, self), method="CONNECT")
             answer.begin()
             if not 200 <= answer.status < 300:
-                raise _NoAnswer(f"the proxy refused with {answer.status}")
+                raise _GivenUp(f"the proxy refused with {answer.status}")
         self.sock = context.wrap_socket(
             self.sock, server_hostname=server.hostname, do_handshake_on_connect=False
         )
@@ -898,7 +900,7 @@ class _Connection(io.RawIOBase):
     def exchange(self, attempt: _Attempt) -> _Answer:
         """Send the request and read the answer."""
         self.attempt, attempt.is_connected = attempt, True
-        attempt.begin_step(attempt.seconds)
+        attempt.step_deadline = attempt.deadline
         client: Any = _Client(attempt.host)
         client.sock = self
         headers = {**attempt.sent_headers(), "Authorization": attempt.authorization}
@@ -921,7 +923,7 @@ class _Connection(io.RawIOBase):
         try:
             answer.read_content()
         except _FAILURES as error:
-            # an error of the system has a number; one of a signal's handler has none
+            # without an errno, a signal's handler raised it
             if is_2xx or getattr(error, "errno", 0) is None:
                 raise
             answer.will_close = True  # its status counts, whatever came of its body
@@ -934,9 +936,9 @@ class _Connection(io.RawIOBase):
             try:
                 return operation(*arguments)
             except _BLOCKED as error:
-                is_blocked = isinstance(error, BlockingIOError) and for_writing
-                is_writing = is_blocked or isinstance(error, ssl.SSLWantWriteError)
-            _wait(self.sock, is_writing, turn)
+                wants_write = isinstance(error, ssl.SSLWantWriteError)
+                is_plain_write = for_writing and isinstance(error, BlockingIOError)
+            _wait(self.sock, wants_write or is_plain_write, turn)
 
     def makefile(self, mode: str) -> io.BufferedReader:
         self.reader = _Reader(self)
@@ -947,7 +949,7 @@ class _Connection(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> Any:
         if self.attempt is None:
-            return None  # `has_unread` asks for no more than has come
+            return None  # `end_exchange` asks for no more than has come
         return self._in_turns(False, self.sock.recv_into, buffer)
 
     def sendall(self, content: Any) -> None:
@@ -955,10 +957,10 @@ class _Connection(io.RawIOBase):
         while view:
             view = view[self._in_turns(True, self.sock.send, view[:BLOCK_BYTES]) :]
 
-    def has_unread(self) -> bool:
-        """Whether more has come than the answer that was read last."""
+    def end_exchange(self) -> bool:
+        """Let go of the attempt. False if more has come than its answer."""
         self.attempt = None
-        return bool(self.reader.peek(1))
+        return not self.reader.peek(1)
 
     def is_quiet(self) -> bool:
         """Whether the peer has neither closed it nor sent anything unasked."""
@@ -969,7 +971,7 @@ class _Connection(io.RawIOBase):
         return False
 
     def close(self) -> None:
-        """Stay open: http.client closes after an answer, but others may follow."""
+        """Do nothing: http.client closes after an answer, but `_Handler` closes `sock`."""
 
 
 def _proxy_authorization(proxy: Any) -> Dict[str, str]:
@@ -1008,7 +1010,7 @@ def _dial(host: Any, port: int, attempt: _Attempt) -> socket.socket:
                 failure = error
             except OSError as error:  # such as of a family that the machine lacks
                 if error.errno is None:
-                    raise  # a signal's handler raised it, and not the system
+                    raise  # a signal's handler raised it
                 failure = error
         addresses = silent
     raise failure
@@ -1053,7 +1055,7 @@ def _make_tls_context() -> ssl.SSLContext:
 def _cause(error: Exception, is_connected: bool) -> Tuple[str, bool]:
     """(what went wrong, but not the server's words; whether that may get better)"""
     what = getattr(error, "strerror", None) or str(error)
-    if isinstance(error, _NoAnswer):
+    if isinstance(error, _GivenUp):
         return what, error.temporary
     if isinstance(error, ssl.SSLCertVerificationError):
         what = f"the server's certificate was not accepted: {error.verify_message}"
@@ -1066,15 +1068,16 @@ def _cause(error: Exception, is_connected: bool) -> Tuple[str, bool]:
         return what, False
     if isinstance(error, ssl.SSLError):
         # until TLS stands, only a peer that hung up may do better the next time
-        hung_up = (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError)
-        reason = str(error.reason or what).lower().replace("_", " ")
-        return f"TLS: {reason}", is_connected or isinstance(error, hung_up)
+        words = re.sub(r"\[.*?\] |\(_ssl.*", "", what).strip().lower()
+        hung_up = "eof" in words or isinstance(error, ssl.SSLSyscallError)
+        return f"TLS: {words}", is_connected or hung_up
     if isinstance(error, socket.gaierror):
         return f"no address found: {what}", error.errno == socket.EAI_AGAIN
     if not isinstance(error, OSError):
-        return f"the answer broke off, or is damaged ({type(error).__name__})", True
-    is_remote = isinstance(error, http.client.RemoteDisconnected)
-    return what, is_remote or error.errno is not None
+        what = f"the answer broke off, or is damaged ({type(error).__name__})"
+        return what, not isinstance(error, zlib.error)
+    is_numbered = error.errno is not None  # else a signal's handler raised it
+    return what, is_numbered or isinstance(error, http.client.RemoteDisconnected)
 
 
 def _explain(error: Exception, attempt: _Attempt) -> APIConnectionError:
@@ -1089,8 +1092,7 @@ def _explain(error: Exception, attempt: _Attempt) -> APIConnectionError:
     error_class = APITimeoutError if is_late else APIConnectionError
     text = f"{attempt.get_method()} {attempt.full_url}: {outcome} {what}"
     failure = error_class(attempt.mask(text))
-    failure.sent = attempt.has_left and attempt.runs_agent
-    failure.temporary = temporary
+    failure.sent, failure.temporary = attempt.has_left and attempt.runs_agent, temporary
     return failure
 
 
@@ -1098,8 +1100,9 @@ class _Handler(urllib.request.BaseHandler):
     """Performs attempts for urllib's opener, and keeps connections."""
 
     def __init__(self, context: Optional[ssl.SSLContext]) -> None:
-        # who removes one has it, so neither threads nor a signal's handler need a lock
-        self._idle: Dict[_Connection, float] = {}  # how long each is fresh
+        # in order of use, with the time until which each is fresh; who pops one has it,
+        # so that neither threads nor a signal's handler need a lock
+        self._idle: Dict[_Connection, float] = {}
         self._is_closed = self._has_warned = False
         self._proxies = urllib.request.getproxies()
         self._context = context
@@ -1108,7 +1111,7 @@ class _Handler(urllib.request.BaseHandler):
         raise TypeError("a client cannot be copied or pickled: make another Orq")
 
     def add_parent(self, parent: Any) -> None:
-        """Keep no reference to the opener: a dropped client is freed at once."""
+        """Do not keep the opener, as the base does: a dropped client is freed at once."""
 
     def http_open(self, attempt: _Attempt) -> _Answer:
         """The answer to an attempt. APIConnectionError if no complete one comes."""
@@ -1136,7 +1139,7 @@ class _Handler(urllib.request.BaseHandler):
             if context and not idle:
                 connection.start_tls(attempt, context)
             answer = connection.exchange(attempt)
-            if not connection.has_unread():
+            if connection.end_exchange():
                 idle_seconds = answer.idle_seconds()
             return answer
         finally:
@@ -1153,11 +1156,11 @@ class _Handler(urllib.request.BaseHandler):
         url = url if "://" in url else f"http://{url}"
         proxy = _split_url(url, rf"(?ai)https?://([^/]*@)?{_HOST}/*")
         if proxy is None:
-            raise _NoAnswer(f"{attempt.type}_proxy is not the URL of an HTTP proxy")
+            raise _GivenUp(f"{attempt.type}_proxy is not the URL of an HTTP proxy")
         return proxy
 
     def _find_context(self, attempt: _Attempt) -> Optional[ssl.SSLContext]:
-        """The context for TLS, or None for plain HTTP."""
+        """The TLS context; None for http://, with a warning that the key goes in clear."""
         if attempt.type == "https":
             self._context = self._context or _make_tls_context()
             return self._context
@@ -1183,7 +1186,7 @@ class _Handler(urllib.request.BaseHandler):
     def close(self) -> None:
         """Close what is idle. What is in use is closed when its answer has come."""
         self._is_closed = True
-        self._take(())
+        self._take(())  # no connection has this route: all are closed
 
     __del__ = close
 
@@ -1226,8 +1229,8 @@ def _check_headers(http_headers: Any, problems: Problems) -> Dict[str, str]:
     for name, value in http_headers.items():
         title = name.title() if isinstance(name, str) else ""
         at = _join("http_headers", name)
-        is_free = title not in headers and title not in _FIXED_HEADERS
-        if not is_free or not re.fullmatch(_HEADER_NAME, title):
+        is_taken = title in headers or title in _FIXED_HEADERS
+        if is_taken or not re.fullmatch(_HEADER_NAME, title):
             problems.append((at, "is no header's name, a second one, or the client's"))
         elif not isinstance(value, str) or not re.fullmatch(_SENDABLE, value.strip()):
             problems.append((at, "must be text in latin-1, on one line, not empty"))
@@ -1259,7 +1262,7 @@ def _one_line(text: str) -> str:
 
 
 def _read_answer(attempt: _Attempt) -> Any:
-    """What the agent did, or the error if that is in no usable 2XX."""
+    """What the agent did, or an APIError: not raised, as this frame may hold the key."""
     answer = cast(_Answer, attempt.answer)
     body = answer.content.decode(json.detect_encoding(answer.content), "replace")
     is_2xx = 200 <= answer.status < 300
@@ -1273,10 +1276,10 @@ def _read_answer(attempt: _Attempt) -> Any:
     phrase = http.client.responses.get(answer.status, "")
     text = f"{attempt.get_method()} {attempt.full_url}: {answer.status} {phrase}"
     if is_2xx:
-        text += f": no JSON object that Python reads, or over {MAX_ANSWER_BYTES} bytes"
+        text += f": it is no JSON object, or over {MAX_ANSWER_BYTES} bytes"
     if "location" in answer.headers:
         target = re.sub("//[^/]*@", "//", answer.headers["location"])
-        text += f": redirect to {target} not followed; server_url can be set"
+        text += f": redirect to {target} not followed; set server_url if it is right"
     text += f": {attempt.mask(shown)[:500]}"  # masked before a cut leaves half a key
     if "x-request-id" in answer.headers:
         text += f" (x-request-id: {attempt.mask(answer.headers['x-request-id'])[:100]})"
@@ -1402,7 +1405,7 @@ class Responses:
             problems.append(("extra_body.stream", "the answer could not be read"))
         body = {n: value for n, value in {**body, **extra}.items() if value is not None}
         path = f"/{_segment('agent_key', agent_key, problems)}/responses"
-        content = b"" if problems else json.dumps(body).encode("ascii")
+        content = b"" if problems else json.dumps(body).encode("ascii")  # or it raises
         settings = (retries, server_url, timeout_ms, http_headers)
         return self._run(path, content, problems, *settings)
 
@@ -1464,6 +1467,8 @@ class Responses:
                 self._opener.open(attempt)
                 result = _read_answer(attempt)
             except APIConnectionError as error:
+                if attempt.answer is not None:
+                    raise  # it is of a wrapper of the opener, and the agent has run
                 result = error
             if isinstance(result, _Result):
                 return result
@@ -1554,8 +1559,8 @@ def create_response(
 
 _JSON_OR_FILE = r"@|\s*[{[]"  # how a value begins that is not just a word
 _CUT_REASONS = ("length", "max_iterations", "max_time", "content_filter")
-_ENDED_STATES = ["completed", "failed", "canceled", "rejected"]
-_ENDED_STATES += ["input-required", "auth-required"]  # of A2A: a person is waited for
+# of A2A: in the last two, the task waits for a person
+_ENDED_STATES = ("completed", *_FAILED_STATES, "input-required", "auth-required")
 
 
 def _fail(path: str, problem: str) -> NoReturn:
@@ -1654,7 +1659,7 @@ def _parse(argv: List[str]) -> Any:
     if sum(message not in (None, []) for message in messages) > 1:
         parser.error("give one: MESSAGE and --file, --message, --tool-result, --wait")
     if options.file and os.path.isfile("".join(options.texts[:1])):
-        parser.error("MESSAGE is a file: give --file before each (a shell wrote a *?)")
+        parser.error("MESSAGE is a file: give --file before each (a shell expands *)")
     if options.task_id == "":
         parser.error("--task-id is empty: give the task_id of an earlier answer")
     names = "task_id variables metadata identity contact thread memory extra_body"
@@ -1873,9 +1878,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return _run_command(options)
     except OrqError as error:
         _note(str(error))
-        if isinstance(error, ValidationError):
-            return 2
-        return 1 if isinstance(error, APIError) else 3
+        return {ValidationError: 2, APIError: 1}.get(type(error), 3)
     except OSError as error:
         _note(f"failed: {error}")
         return 1
