@@ -1854,8 +1854,8 @@ def _print_answer(res: _Result, options: Any) -> int:
 
 
 def _run_command(options: Any) -> int:
-    with Orq("***" if options.dry_run else None, server_url=options.server_url) as orq:
-        if options.dry_run:  # a key of "***" needs no ORQ_API_KEY
+    with Orq(server_url=options.server_url) as orq:
+        if options.dry_run:  # with a key of its own: it needs no ORQ_API_KEY
             _make_call(_DryRun(orq._handler, "***", None, None, None), options)
             return 0
         done = threading.Event()
