@@ -103,7 +103,7 @@ _log = logging.getLogger(__name__)
 
 
 class OrqError(Exception):
-    """Base of every error of this module. Without an answer, all but `message` is None."""
+    """The base of our errors. Without an answer, all but `message` is None."""
 
     status_code: Any = None
     headers: Any = None  # found by names in any case
@@ -156,7 +156,7 @@ class _Checked:
 
 
 class _Readable:
-    """Base of what reads like a dict too, by names of JSON or Python: `part["text"]`."""
+    """Base of what reads like a dict too, by JSON or Python names: `part["text"]`."""
 
     def __contains__(self, name: object) -> bool:
         return self.get(str(name)) is not None
@@ -552,7 +552,7 @@ def _encode_free(value: Any, path: str, problems: Problems, parents: Any = ()) -
     if isinstance(simpler, abc.Mapping):
         encoded = {}
         for key, item in simpler.items():
-            name = key.value if isinstance(key, enum.Enum) else key
+            name = _simplify(key)
             at = _join(path, name)
             if not isinstance(name, str) and type(name) is not int:
                 problems.append((at, f"{_describe(name)} as a name has no JSON form"))
@@ -653,7 +653,7 @@ def _decode_answer(data: Dict[str, Any]) -> _Result:
 
 @dataclass(frozen=True)
 class BackoffStrategy(_Checked):
-    """How long to wait between attempts, in milliseconds. ValidationError if negative."""
+    """The waits between attempts, in milliseconds. ValidationError if negative."""
 
     initial_interval: float = 500  # the first wait
     max_interval: float = 60_000  # the longest wait, unless the server asks for more
@@ -720,7 +720,7 @@ def _retry_wait(error: OrqError, backoff: BackoffStrategy, number: int) -> float
 
 
 def _asked_wait(error: OrqError) -> float:
-    """The seconds that the server asks for; 0 if it gives no number that makes sense."""
+    """The seconds that the server asks for; 0 if it names no sensible number."""
     for name, unit in (("retry-after-ms", 1000), ("retry-after", 1)):
         text = (error.headers or {}).get(name, "").strip()
         is_number = re.fullmatch(r"[0-9]{1,9}(\.[0-9]+)?", text)
@@ -730,7 +730,7 @@ def _asked_wait(error: OrqError) -> float:
 
 
 # --- Transport --------------------------------------------------------------
-# urllib's opener hands each attempt to `_Handler`, so that tools for tracing see it. The
+# urllib's opener hands each attempt to `_Handler`, so that tracing tools see it. The
 # opener has no other handler: no redirect is followed, and no other scheme exists.
 # http.client writes the request and reads the answer, on a connection of ours.
 
@@ -756,6 +756,7 @@ class _TimeUp(_GivenUp):
 
 
 _FAILURES = (_GivenUp, OSError, http.client.HTTPException, zlib.error)
+_BROKE_OFF = (http.client.IncompleteRead, http.client.BadStatusLine)
 
 
 def _now(clock: Callable[[], float] = time.perf_counter) -> float:
@@ -804,7 +805,7 @@ class _Attempt(urllib.request.Request):
         self.step_deadline = min(_now() + seconds, self.deadline)
 
     def turn(self) -> float:
-        """Seconds to wait at most. Raises if none are left, or the call was cancelled."""
+        """The most seconds to wait. Raises if none are left, or it was cancelled."""
         if self.cancelled is not None and self.cancelled.is_set():
             raise _GivenUp("the task was cancelled")
         left = self.step_deadline - _now()
@@ -851,7 +852,8 @@ class _Answer(http.client.HTTPResponse):
         if not is_framed or self.will_close or self.status < 200:
             return 0  # its end was in doubt
         # the server may hang up sooner, and its closing takes a moment to arrive
-        asked = re.search("timeout=([0-9]+)", self.headers.get("keep-alive", ""))
+        hint = self.headers.get("keep-alive", "")
+        asked = re.search(r'(?i)timeout *= *"?(\d+)', hint)
         return min(IDLE_SECONDS, float(asked[1]) - 0.5) if asked else IDLE_SECONDS
 
 
@@ -881,7 +883,7 @@ class _Connection(io.RawIOBase):
         self.sock: Any = _dial(place.hostname, place.port or default_port, attempt)
 
     def start_tls(self, attempt: _Attempt, context: ssl.SSLContext) -> None:
-        """Start TLS with the server, in a tunnel (RFC 9110, 9.3.6) if there is a proxy."""
+        """Start TLS with the server, in a tunnel (RFC 9110, 9.3.6) behind a proxy."""
         self.attempt, server = attempt, urllib.parse.urlsplit(attempt.full_url)
         if attempt.proxy:
             name = server.netloc if server.port else f"{server.netloc}:443"
@@ -913,6 +915,9 @@ class _Connection(io.RawIOBase):
             attempt.has_left = True
         except (ConnectionError, ssl.SSLError):
             pass  # the server may have answered (401, 413) before it had it all
+        except _TimeUp:  # if it has answered, it may have run the agent
+            attempt.has_left = not self.is_quiet()
+            raise
         answer: _Answer = client.getresponse()
         answer.url = attempt.full_url  # a wrapper of the opener may ask for it
         answer.will_close = answer.will_close or not attempt.has_left
@@ -971,7 +976,7 @@ class _Connection(io.RawIOBase):
         return False
 
     def close(self) -> None:
-        """Do nothing: http.client closes after an answer, but `_Handler` closes `sock`."""
+        """Do nothing: http.client closes after an answer; `_Handler` closes `sock`."""
 
 
 def _proxy_authorization(proxy: Any) -> Dict[str, str]:
@@ -1069,15 +1074,15 @@ def _cause(error: Exception, is_connected: bool) -> Tuple[str, bool]:
     if isinstance(error, ssl.SSLError):
         # until TLS stands, only a peer that hung up may do better the next time
         words = re.sub(r"\[.*?\] |\(_ssl.*", "", what).strip().lower()
-        hung_up = "eof" in words or isinstance(error, ssl.SSLSyscallError)
-        return f"TLS: {words}", is_connected or hung_up
+        return f"TLS: {words}", is_connected or "eof" in words
     if isinstance(error, socket.gaierror):
         return f"no address found: {what}", error.errno == socket.EAI_AGAIN
     if not isinstance(error, OSError):
         what = f"the answer broke off, or is damaged ({type(error).__name__})"
-        return what, not isinstance(error, zlib.error)
-    is_numbered = error.errno is not None  # else a signal's handler raised it
-    return what, is_numbered or isinstance(error, http.client.RemoteDisconnected)
+    # what else http.client or zlib refuses now, they would refuse again; and without an
+    # errno, a signal's handler raised it
+    is_numbered = getattr(error, "errno", None) is not None
+    return what, is_numbered or isinstance(error, _BROKE_OFF)
 
 
 def _explain(error: Exception, attempt: _Attempt) -> APIConnectionError:
@@ -1111,7 +1116,7 @@ class _Handler(urllib.request.BaseHandler):
         raise TypeError("a client cannot be copied or pickled: make another Orq")
 
     def add_parent(self, parent: Any) -> None:
-        """Do not keep the opener, as the base does: a dropped client is freed at once."""
+        """Do not keep the opener, as the base does: clients are freed at once."""
 
     def http_open(self, attempt: _Attempt) -> _Answer:
         """The answer to an attempt. APIConnectionError if no complete one comes."""
@@ -1154,13 +1159,13 @@ class _Handler(urllib.request.BaseHandler):
             return None
         # one of https:// is spoken to in plain HTTP too, as urllib does
         url = url if "://" in url else f"http://{url}"
-        proxy = _split_url(url, rf"(?ai)https?://([^/]*@)?{_HOST}/*")
+        proxy = _split_url(url, rf"(?ai)https?://([^/?#\ud800-\udfff]*@)?{_HOST}/*")
         if proxy is None:
             raise _GivenUp(f"{attempt.type}_proxy is not the URL of an HTTP proxy")
         return proxy
 
     def _find_context(self, attempt: _Attempt) -> Optional[ssl.SSLContext]:
-        """The TLS context; None for http://, with a warning that the key goes in clear."""
+        """The TLS context; for http://, None and a warning: the key goes in clear."""
         if attempt.type == "https":
             self._context = self._context or _make_tls_context()
             return self._context
@@ -1262,12 +1267,12 @@ def _one_line(text: str) -> str:
 
 
 def _read_answer(attempt: _Attempt) -> Any:
-    """What the agent did, or an APIError: not raised, as this frame may hold the key."""
+    """What the agent did, or an APIError: returned, as this frame may hold the key."""
     answer = cast(_Answer, attempt.answer)
     body = answer.content.decode(json.detect_encoding(answer.content), "replace")
     is_2xx = 200 <= answer.status < 300
     try:
-        data: Any = json.loads(body)
+        data: Any = json.loads(body, strict=False)
         if is_2xx and isinstance(data, dict):
             return _decode_answer(data)
         shown = json.dumps(data, ensure_ascii=False)
@@ -1396,8 +1401,6 @@ class Responses:
             "metadata": encode(_OBJECT, metadata, "metadata"),
             "background": encode(bool, background, "background"),
         }
-        if identity is not None and contact is not None:
-            problems.append(("identity", "is the newer name of contact: give one"))
         extra = encode(_OBJECT, extra_body, "extra_body") or {}
         for name in body.keys() & extra.keys():
             problems.append((f"extra_body.{name}", "is a parameter of its own"))
@@ -1467,8 +1470,6 @@ class Responses:
                 self._opener.open(attempt)
                 result = _read_answer(attempt)
             except APIConnectionError as error:
-                if attempt.answer is not None:
-                    raise  # it is of a wrapper of the opener, and the agent has run
                 result = error
             if isinstance(result, _Result):
                 return result
@@ -1670,7 +1671,7 @@ def _parse(argv: List[str]) -> Any:
 
 
 def _read(option: str, place: str) -> bytes:
-    """The content of a file or standard input, if it is not empty: a run costs money."""
+    """What a file or standard input holds, if it is not empty: a run costs money."""
     try:
         if place != "-":
             with open(place, "rb") as stream:
@@ -1828,7 +1829,8 @@ def _notes(res: _Result, text: str, options: Any) -> Iterator[str]:
     if not (res.error or calls or text):
         yield "the answer has nothing to print (--json shows all of it)"
     elif res.task_id and sys.stderr is not None and sys.stderr.isatty():
-        yield f"continue with {'--wait' if options.background else '--task-id'}={task_id}"
+        option = "--wait" if options.background else "--task-id"
+        yield f"continue with {option}={task_id}"
 
 
 def _print_answer(res: _Result, options: Any) -> int:
@@ -1879,7 +1881,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except OrqError as error:
         _note(str(error))
         return {ValidationError: 2, APIError: 1}.get(type(error), 3)
-    except OSError as error:
+    except (OSError, RecursionError) as error:
         _note(f"failed: {error}")
         return 1
     except KeyboardInterrupt:
