@@ -16,7 +16,7 @@ asyncio `create_async`. In a shell, see `python3 orq_min.py --help`.
 
 Each call is checked before anything is sent. A 2XX that holds a JSON object is never
 refused. An agent run costs money: by default, a call is tried again only if its request
-did not leave completely, or after a 429. No redirect is followed.
+was not sent completely, or after a 429. No redirect is followed.
 
     OrqError                 base of every error of this module
       ValidationError        the call is wrong; nothing was sent (a ValueError too)
@@ -103,7 +103,7 @@ _log = logging.getLogger(__name__)
 
 
 class OrqError(Exception):
-    """The base of our errors. Without an answer, all but `message` is None."""
+    """The base of our errors. Without an answer, these four attributes are None."""
 
     status_code: Any = None
     headers: Any = None  # found by names in any case
@@ -133,7 +133,7 @@ class APIError(OrqError):
 class APIConnectionError(OrqError):
     """No complete answer came."""
 
-    sent: bool = False  # the agent may have run: the whole request had left
+    sent: bool = False  # the whole request was sent: the agent may have run
     temporary: bool = True  # another attempt may do better
 
 
@@ -193,7 +193,7 @@ class FileInURIFormat(_Checked, _Readable):
 
 @dataclass
 class FilePart(_Checked, _Readable):
-    """A file. Without `mime_type`, the ending of its name decides the MIME type."""
+    """A file. Without a `mime_type`, its constructors go by the ending of its name."""
 
     file: Union[BinaryFormat, FileInURIFormat, Mapping[str, Any]]
     metadata: Optional[Mapping[str, Any]] = None
@@ -210,7 +210,7 @@ class FilePart(_Checked, _Readable):
     def from_bytes(
         cls, content: bytes, name: str, mime_type: Optional[str] = None
     ) -> "FilePart":
-        """Attach a content under a file's name."""
+        """Attach bytes as a file of this name."""
         if not isinstance(content, (bytes, bytearray, memoryview)) or not content:
             raise ValidationError([(f"content ({name!r})", "must be bytes, not empty")])
         text = base64.b64encode(content).decode("ascii")
@@ -219,7 +219,7 @@ class FilePart(_Checked, _Readable):
     @classmethod
     def from_uri(cls, uri: str, mime_type: Optional[str] = None) -> "FilePart":
         """Attach a file that the service fetches."""
-        path = re.sub(r"^[^/]*//[^/]*|[?#].*", "", str(uri))
+        path = re.sub(r"^[^/]*//[^/?#]*|[?#].*", "", str(uri))
         return cls(FileInURIFormat(uri, mime_type or _mime_type(path)))
 
 
@@ -254,7 +254,7 @@ class Identity(_Checked):
 
 @dataclass
 class Contact(Identity):
-    """An Identity, by its older name."""
+    """The older name of Identity."""
 
 
 @dataclass
@@ -286,8 +286,8 @@ def _mime_type(name: Any) -> Optional[str]:
 
 
 # --- Answer types -----------------------------------------------------------
-# What comes is kept, and not checked. What did not come is None (`output` and `parts`
-# are an empty list). The defaults are for whoever builds an answer by hand.
+# An answer is not checked: what comes is kept. What does not come is None (`output` and
+# `parts` are an empty list). The defaults are for whoever builds an answer by hand.
 
 
 @dataclass
@@ -313,7 +313,7 @@ class ErrorPart(_Readable):
     kind: str = "error"
 
 
-@dataclass(repr=False, eq=False)  # a namespace's show and compare unknown fields too
+@dataclass(repr=False, eq=False)  # a namespace's own ones include unknown fields
 class UnknownPart(types.SimpleNamespace, _Readable):
     """A part of a kind that is unknown here. Its fields are its attributes."""
 
@@ -403,7 +403,7 @@ class CreateAgentResponseResponseBody(_Readable):
 
     @property
     def error(self) -> Optional[str]:
-        """Why the run failed, or else its failed state. None if it did not fail."""
+        """Why the run failed, at least its state. None if it did not fail."""
         if self.status == "completed":  # whatever went wrong on the way
             return None
         reasons = [self.raw.get("error")]
@@ -422,7 +422,7 @@ _FAILED_STATES = ("failed", "canceled", "rejected")
 
 
 def _messages_of_agent(output: Any) -> List[Output]:
-    """Those of the messages, if they are what was promised."""
+    """The messages whose role is agent. What is no message is skipped."""
     items = output if isinstance(output, list) else []
     messages = [m for m in items if isinstance(m, Output) and isinstance(m.parts, list)]
     return [message for message in messages if message.role in ("agent", None)]
@@ -444,7 +444,7 @@ def _error_text(error: Any) -> str:
 
 
 # --- Checking and JSON ------------------------------------------------------
-# `_encode` and its like return the JSON form of a value, and add to `problems`.
+# The `_encode` functions return the JSON form of a value, and add to `problems`.
 
 _PYTHON_NAMES = {"messageId": "message_id", "mimeType": "mime_type", "bytes": "bytes_"}
 _JSON_NAMES = {python: name for name, python in _PYTHON_NAMES.items()}
@@ -555,7 +555,7 @@ def _encode_free(value: Any, path: str, problems: Problems, parents: Any = ()) -
             name = _simplify(key)
             at = _join(path, name)
             if not isinstance(name, str) and type(name) is not int:
-                problems.append((at, f"{_describe(name)} as a name has no JSON form"))
+                problems.append((at, f"{_describe(name)} cannot be a name in JSON"))
             if str(name) in encoded:
                 problems.append((at, "given twice"))
             encoded[str(name)] = _encode_free(item, at, problems, parents)
@@ -591,7 +591,7 @@ def _simplify(value: Any) -> Any:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether JSON has it. NaN, the infinities and huge integers it has not."""
+    """Whether JSON can hold it: not NaN, nor an infinity, nor a huge integer."""
     return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
 
 
@@ -658,21 +658,21 @@ class BackoffStrategy(_Checked):
     initial_interval: float = 500  # the first wait
     max_interval: float = 60_000  # the longest wait, unless the server asks for more
     exponent: float = 1.5  # the growth from one wait to the next
-    max_elapsed_time: float = 3_600_000  # of attempts and waits; no wait passes it
-    jitter_ms: Optional[float] = None  # added at random; None: up to a quarter less
+    max_elapsed_time: float = 3_600_000  # of all attempts and waits together
+    jitter_ms: Optional[float] = None  # added at random (None: up to a quarter off)
 
 
 @dataclass(frozen=True)
 class RetryConfig(_Checked):
-    """What to try again, and when. None in its place tries once.
+    """What to try again, and when. Where one is expected, None means one attempt.
 
     `retry_connection_errors`, the official client's name, chooses what is tried again:
-        None     safe: a request that did not leave completely, and 429 (RFC 6585)
+        None     safe: a request that was not sent completely, and 429 (RFC 6585)
         False    429, 500, 502, 503 and 504: THE AGENT MAY RUN AGAIN
-        True     these, and whatever brought no complete answer: THE AGENT MAY RUN AGAIN
-    For `get`, which runs no agent, None is as True. `status_codes_override`, such as
-    ["429", "5XX"], takes the place of the statuses. No complete 2XX is tried again,
-    and nothing that cannot get better, such as a certificate that is not accepted.
+        True     the same, and no complete answer: THE AGENT MAY RUN AGAIN
+    For `get`, which runs no agent, None means True. `status_codes_override`, such as
+    ["429", "5XX"], takes the place of the statuses. A complete 2XX is never retried,
+    nor is what a retry cannot help, such as a certificate that is not accepted.
     """
 
     strategy: str = "backoff"  # "none" tries once
@@ -735,8 +735,7 @@ def _asked_wait(error: OrqError) -> float:
 # http.client writes the request and reads the answer, on a connection of ours.
 
 # TCP's keep-alive, in seconds: it finds a dead peer, and keeps a NAT's entry alive.
-_KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPALIVE": 60}
-_KEEPALIVE.update({"TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4})
+_TCP = {"TCP_KEEPIDLE": 60, "TCP_KEEPALIVE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}
 
 _LABEL = "[a-z0-9_-]{1,63}"
 _HOST = rf"(({_LABEL}\.)*{_LABEL}\.?|\[[0-9a-f.]*:[0-9a-f:.]*\])(:[0-9]{{1,5}})?"
@@ -779,7 +778,7 @@ class _Attempt(urllib.request.Request):
 
     How far it came decides what its failure means:
 
-        is_connected   has_left   the error says             by default
+        is_connected   was_sent   the error says             by default
         False          False      not sent                   is tried again
         True           False      not sent completely        is tried again
         True           True       the agent may have run     is not tried again
@@ -797,7 +796,7 @@ class _Attempt(urllib.request.Request):
         self.cancelled = _cancel_event.get()
         self.proxy: Any = None  # a parsed URL
         self.is_connected = False
-        self.has_left = False  # the system took all of the request, or a 2XX came
+        self.was_sent = False  # the system took all of the request, or a 2XX came
         self.answer: Optional[_Answer] = None
 
     def begin_step(self, seconds: float) -> None:
@@ -821,7 +820,7 @@ class _Attempt(urllib.request.Request):
         return {**headers, "Host": self.host}
 
     def mask(self, text: str) -> str:
-        """The text without the key. A text of few characters is no key."""
+        """The text without the key. A key below 8 characters is not masked."""
         key = self.authorization.split(None, 1)[-1]
         return text.replace(key, "***") if len(key) >= 8 else text
 
@@ -848,7 +847,8 @@ class _Answer(http.client.HTTPResponse):
     def idle_seconds(self) -> float:
         """How long its connection may be kept (RFC 9112, sections 6.3 and 9.3)."""
         lengths = self.headers.get_all("content-length", [])
-        is_framed = len(lengths) + self.chunked == 1 and not self.headers.defects
+        is_coded = "transfer-encoding" in self.headers
+        is_framed = len(lengths) + is_coded == 1 and not self.headers.defects
         if not is_framed or self.will_close or self.status < 200:
             return 0  # its end was in doubt
         # the server may hang up sooner, and its closing takes a moment to arrive
@@ -859,7 +859,7 @@ class _Answer(http.client.HTTPResponse):
 
 class _Client(http.client.HTTPConnection):
     response_class = _Answer
-    debuglevel = 0  # a program that sets http.client's own would have the key printed
+    debuglevel = 0  # if a program sets http.client's own, that prints the key
 
 
 class _Reader(io.BufferedReader):
@@ -870,14 +870,14 @@ class _Reader(io.BufferedReader):
 class _Connection(io.RawIOBase):
     """A connection to a server, perhaps through a proxy. It serves many attempts.
 
-    http.client has it in place of a socket. The socket itself never blocks. It waits
-    in turns, between which the deadline, a cancelled task and Ctrl-C are noticed.
+    http.client uses it as its socket. The real socket never blocks. We wait for it in
+    turns, between which the deadline, a cancelled task and Ctrl-C are noticed.
     """
 
     attempt: Any = None  # the one in progress; without one, nothing is waited for
 
     def __init__(self, route: Tuple[Any, ...], attempt: _Attempt) -> None:
-        self.route = route  # an attempt with an equal one may use it
+        self.route = route  # only attempts with an equal one may use it
         place = attempt.proxy or urllib.parse.urlsplit(attempt.full_url)
         default_port = 80 if attempt.proxy or attempt.type == "http" else 443
         self.sock: Any = _dial(place.hostname, place.port or default_port, attempt)
@@ -902,7 +902,7 @@ class _Connection(io.RawIOBase):
     def exchange(self, attempt: _Attempt) -> _Answer:
         """Send the request and read the answer."""
         self.attempt, attempt.is_connected = attempt, True
-        attempt.step_deadline = attempt.deadline
+        attempt.begin_step(attempt.seconds)
         client: Any = _Client(attempt.host)
         client.sock = self
         headers = {**attempt.sent_headers(), "Authorization": attempt.authorization}
@@ -912,17 +912,19 @@ class _Connection(io.RawIOBase):
             headers.update(_proxy_authorization(attempt.proxy))
         try:
             client.request(attempt.get_method(), target, attempt.body, headers)
-            attempt.has_left = True
-        except (ConnectionError, ssl.SSLError):
-            pass  # the server may have answered (401, 413) before it had it all
+            attempt.was_sent = True
+        except (ConnectionError, ssl.SSLError) as error:
+            # the server may have answered (401, 413) before it had it all
+            if error.errno is None:
+                raise  # a signal's handler raised it
         except _TimeUp:  # if it has answered, it may have run the agent
-            attempt.has_left = not self.is_quiet()
+            attempt.was_sent = not self.is_quiet()
             raise
         answer: _Answer = client.getresponse()
         answer.url = attempt.full_url  # a wrapper of the opener may ask for it
-        answer.will_close = answer.will_close or not attempt.has_left
-        is_2xx = 200 <= answer.status < 300  # the agent has run, whatever has left
-        attempt.has_left = attempt.has_left or is_2xx
+        answer.will_close = answer.will_close or not attempt.was_sent
+        is_2xx = 200 <= answer.status < 300  # the agent has run, whatever was sent
+        attempt.was_sent = attempt.was_sent or is_2xx
         if not is_2xx:
             attempt.begin_step(ERROR_BODY_SECONDS)
         try:
@@ -1037,9 +1039,9 @@ def _connect(address: Any, seconds: float, attempt: _Attempt) -> socket.socket:
         with contextlib.suppress(OSError):  # a sandbox may refuse what is not essential
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            for name in _KEEPALIVE.keys() & vars(socket).keys():
+            for name in _TCP.keys() & vars(socket).keys():
                 option = getattr(socket, name)
-                sock.setsockopt(socket.IPPROTO_TCP, option, _KEEPALIVE[name])
+                sock.setsockopt(socket.IPPROTO_TCP, option, _TCP[name])
         return sock
     except BaseException:
         sock.close()
@@ -1058,7 +1060,7 @@ def _make_tls_context() -> ssl.SSLContext:
 
 
 def _cause(error: Exception, is_connected: bool) -> Tuple[str, bool]:
-    """(what went wrong, but not the server's words; whether that may get better)"""
+    """(what went wrong, in none of the server's words; whether a retry may help)"""
     what = getattr(error, "strerror", None) or str(error)
     if isinstance(error, _GivenUp):
         return what, error.temporary
@@ -1079,8 +1081,8 @@ def _cause(error: Exception, is_connected: bool) -> Tuple[str, bool]:
         return f"no address found: {what}", error.errno == socket.EAI_AGAIN
     if not isinstance(error, OSError):
         what = f"the answer broke off, or is damaged ({type(error).__name__})"
-    # what else http.client or zlib refuses now, they would refuse again; and without an
-    # errno, a signal's handler raised it
+    # http.client and zlib would refuse anything else again; an OSError without an errno
+    # comes from a signal's handler
     is_numbered = getattr(error, "errno", None) is not None
     return what, is_numbered or isinstance(error, _BROKE_OFF)
 
@@ -1091,13 +1093,13 @@ def _explain(error: Exception, attempt: _Attempt) -> APIConnectionError:
     if attempt.proxy:
         what += f" (proxy {attempt.proxy.hostname}:{attempt.proxy.port or 80})"
     outcome = "not sent completely:" if attempt.is_connected else "not sent:"
-    if attempt.has_left:
+    if attempt.was_sent:
         outcome = "the agent may have run, but" if attempt.runs_agent else "no answer:"
     is_late = isinstance(error, (_TimeUp, TimeoutError))
     error_class = APITimeoutError if is_late else APIConnectionError
     text = f"{attempt.get_method()} {attempt.full_url}: {outcome} {what}"
     failure = error_class(attempt.mask(text))
-    failure.sent, failure.temporary = attempt.has_left and attempt.runs_agent, temporary
+    failure.sent, failure.temporary = attempt.was_sent and attempt.runs_agent, temporary
     return failure
 
 
@@ -1105,8 +1107,8 @@ class _Handler(urllib.request.BaseHandler):
     """Performs attempts for urllib's opener, and keeps connections."""
 
     def __init__(self, context: Optional[ssl.SSLContext]) -> None:
-        # in order of use, with the time until which each is fresh; who pops one has it,
-        # so that neither threads nor a signal's handler need a lock
+        # in order of use, with the time until which each is fresh; who pops one owns
+        # it, so that neither threads nor a signal's handler need a lock
         self._idle: Dict[_Connection, float] = {}
         self._is_closed = self._has_warned = False
         self._proxies = urllib.request.getproxies()
@@ -1157,7 +1159,7 @@ class _Handler(urllib.request.BaseHandler):
         url = self._proxies.get(attempt.type or "")
         if not url or urllib.request.proxy_bypass(attempt.host):
             return None
-        # one of https:// is spoken to in plain HTTP too, as urllib does
+        # as urllib does, we speak plain HTTP to an https:// proxy too
         url = url if "://" in url else f"http://{url}"
         proxy = _split_url(url, rf"(?ai)https?://([^/?#\ud800-\udfff]*@)?{_HOST}/*")
         if proxy is None:
@@ -1202,7 +1204,6 @@ _HEADER_NAME = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110, section 5.6.2
 _FIXED_HEADERS = ("Host", "Content-Length", "Transfer-Encoding", "Connection")
 _SENDABLE = r"[\x20-\x7e\xa0-\xff]+"  # as a header's value: latin-1 without controls
 _OBJECT = Mapping[str, Any]
-_MESSAGE = Union[str, A2AMessage]
 
 
 def _find_server(url: Any, problems: Problems) -> str:
@@ -1236,7 +1237,7 @@ def _check_headers(http_headers: Any, problems: Problems) -> Dict[str, str]:
         at = _join("http_headers", name)
         is_taken = title in headers or title in _FIXED_HEADERS
         if is_taken or not re.fullmatch(_HEADER_NAME, title):
-            problems.append((at, "is no header's name, a second one, or the client's"))
+            problems.append((at, "is no header's name, given twice, or set by us"))
         elif not isinstance(value, str) or not re.fullmatch(_SENDABLE, value.strip()):
             problems.append((at, "must be text in latin-1, on one line, not empty"))
         else:
@@ -1257,7 +1258,7 @@ def _authorization(api_key: Any, problems: Problems) -> str:
     if api_key.lower() in ("", "bearer"):
         problems.append(("api_key", "required: set ORQ_API_KEY, or give a text"))
     elif api_key[0] in "\"'" or not re.fullmatch(_SENDABLE, api_key):
-        problems.append((path, "is in quotes, or has a character that no key has"))
+        problems.append((path, "is in quotes, or has a character that no header has"))
     return api_key if api_key[:7].lower() == "bearer " else f"Bearer {api_key}"
 
 
@@ -1281,7 +1282,7 @@ def _read_answer(attempt: _Attempt) -> Any:
     phrase = http.client.responses.get(answer.status, "")
     text = f"{attempt.get_method()} {attempt.full_url}: {answer.status} {phrase}"
     if is_2xx:
-        text += f": it is no JSON object, or over {MAX_ANSWER_BYTES} bytes"
+        text += f": not a JSON object of at most {MAX_ANSWER_BYTES} bytes"
     if "location" in answer.headers:
         target = re.sub("//[^/]*@", "//", answer.headers["location"])
         text += f": redirect to {target} not followed; set server_url if it is right"
@@ -1299,9 +1300,9 @@ def _read_answer(attempt: _Attempt) -> Any:
 def _in_thread(
     method: "Callable[Concatenate[Any, P], T]",
 ) -> "Callable[Concatenate[Any, P], Coroutine[Any, Any, T]]":
-    """A method as a coroutine function, each call of which takes a daemon thread.
+    """A method as a coroutine function. Each call runs in a daemon thread.
 
-    An event loop's executor has few threads, for which the end of a program waits.
+    An event loop's executor has few threads, and a program that ends waits for them.
     """
 
     @functools.wraps(method)
@@ -1366,7 +1367,7 @@ class Responses:
         task_id: an inactive task to continue
         variables: any values, for the agent's templates
         identity: on whose behalf the agent runs
-        contact: the same, by its older name
+        contact: the older name of `identity`
         thread: groups requests
         memory: whose memories the agent uses
         metadata: any values, shown in the traces
@@ -1375,7 +1376,7 @@ class Responses:
         retries: what to try again; None tries once (default: the client's)
         server_url: in place of the client's
         timeout_ms: milliseconds for each attempt, in place of the client's
-        http_headers: to add, or to send in place of ours, Authorization too
+        http_headers: added to ours, or sent in place of ours (Authorization too)
 
         Raises ValidationError before anything is sent, APIError for any answer but a
         usable 2XX, and APIConnectionError or APITimeoutError if no complete answer
@@ -1391,7 +1392,7 @@ class Responses:
         if isinstance(message, str):
             message = {"role": "user", "parts": [{"kind": "text", "text": message}]}
         body = {
-            "message": encode(_MESSAGE, message, "message"),
+            "message": encode(Union[str, A2AMessage], message, "message"),
             "task_id": encode(str, task_id, "task_id"),
             "variables": encode(_OBJECT, variables, "variables"),
             "identity": encode(Identity, identity, "identity"),
@@ -1405,10 +1406,10 @@ class Responses:
         for name in body.keys() & extra.keys():
             problems.append((f"extra_body.{name}", "is a parameter of its own"))
         if extra.get("stream"):
-            problems.append(("extra_body.stream", "the answer could not be read"))
+            problems.append(("extra_body.stream", "streaming is not supported"))
         body = {n: value for n, value in {**body, **extra}.items() if value is not None}
         path = f"/{_segment('agent_key', agent_key, problems)}/responses"
-        content = b"" if problems else json.dumps(body).encode("ascii")  # or it raises
+        content = b"" if problems else json.dumps(body).encode("ascii")
         settings = (retries, server_url, timeout_ms, http_headers)
         return self._run(path, content, problems, *settings)
 
@@ -1426,7 +1427,7 @@ class Responses:
     ) -> CreateAgentResponseResponseBody:
         """Fetch what has come of a task, which is "in_progress" until it has ended.
 
-        As `create`, but no agent is run: by default, what may help is tried again.
+        Like `create`, but it runs no agent: by default, it retries whatever may help.
         """
         problems: Problems = []
         path = f"/{_segment('agent_key', agent_key, problems)}/responses"
@@ -1467,7 +1468,7 @@ class Responses:
         while True:
             number, started, attempt = number + 1, _now(), new_attempt()
             try:
-                self._opener.open(attempt)
+                self._opener.open(attempt)  # what a wrapper returns is not looked at
                 result = _read_answer(attempt)
             except APIConnectionError as error:
                 result = error
@@ -1500,7 +1501,7 @@ class Orq:
     api_key: a text, or a function that returns one (default: ORQ_API_KEY)
     server_url: (default: ORQ_BASE_URL, else https://my.orq.ai)
     timeout_ms: for each attempt, from connecting to the last byte, in milliseconds
-        (default: 600000); nothing ends the look-up of a host's name
+        (default: 600000); the look-up of a host's name has no limit
     retry_config: what to try again; None tries once (default: DEFAULT_RETRY)
     ssl_context: (default: the platform's, with SSL_CERT_FILE and SSL_CERT_DIR)
     """
@@ -1569,14 +1570,14 @@ def _fail(path: str, problem: str) -> NoReturn:
 
 
 def _print(stream: Any, text: str) -> None:
-    """Print a text whole, or raise OSError. What a terminal would obey is escaped."""
+    """Print a whole text, or raise OSError. A terminal gets no control characters."""
     if stream is None:
         raise OSError("it is closed")
     if stream.isatty():
         controls = r"[\x00-\x08\x0b-\x1f\x7f-\x9f]"  # a tab and a newline may pass
         text = re.sub(controls, lambda match: f"\\x{ord(match[0]):02x}", text)
     content = f"{text}\n".encode(stream.encoding or "utf-8", "backslashreplace")
-    # Python's own stream may lose a rest, or keep it and fail when Python ends
+    # Python's own stream may lose the rest of a text, or fail only when Python ends
     with open(stream.fileno(), "wb", buffering=0, closefd=False) as raw:
         while content:
             written = raw.write(content)
@@ -1609,7 +1610,7 @@ def _add_options(parser: Any) -> None:
     add("--variables", **many, metavar=pairs, help="for the templates; repeatable")
     add("--metadata", **many, metavar=pairs, help="for the traces; repeatable")
     add("--identity", metavar=an_id, help="on whose behalf the agent runs")
-    add("--contact", metavar=an_id, help="the same, by its older name")
+    add("--contact", metavar=an_id, help="the older name of --identity")
     add("--thread", metavar=an_id, help="groups requests")
     add("--memory", metavar=an_id, help="whose memories the agent uses")
     add("--background", **flag, help="print the task's id, and let the agent run on")
@@ -1618,7 +1619,7 @@ def _add_options(parser: Any) -> None:
     add("--server-url", metavar="URL", help="in place of ORQ_BASE_URL")
     add("--timeout", type=float, metavar="SECONDS", help="for each attempt, or --wait")
     either = parser.add_mutually_exclusive_group().add_argument
-    either("--retry", **flag, help="retry what may help for 30 s (agents may rerun)")
+    either("--retry", **flag, help="retry for 30 s what may help (agents may rerun)")
     either("--no-retry", **flag, help="try once")
     add("--json", **flag, help="print the whole answer, indented")
     add("--dry-run", **flag, help="print the request, and send nothing")
@@ -1641,8 +1642,8 @@ def _parse(argv: List[str]) -> Any:
         " no MESSAGE: standard input. '-' after MESSAGE: standard input as a second"
         " text. '@-': JSON from standard input. A VALUE is text.",
         epilog="ORQ_API_KEY is the key, ORQ_BASE_URL the server. Exit status: 0"
-        " answered, 1 an error of the service or a run that failed, 2 wrong usage or"
-        " request, nothing sent, 3 no answer, 130 interrupted.",
+        " answered, 1 an error of the service, a run that failed or failed printing, 2"
+        " wrong usage or request, nothing sent, 3 no answer, 130 interrupted.",
         allow_abbrev=False,
     )
     _add_options(parser)
@@ -1653,20 +1654,20 @@ def _parse(argv: List[str]) -> Any:
     if not words:
         parser.error("AGENT_KEY is missing: first the agent's key, then a message")
     options.agent_key, *options.texts = words
-    if len(options.texts) > 2 or options.texts[1:] not in ([], ["-"]):
+    if options.texts[1:] not in ([], ["-"]):
         parser.error("give one MESSAGE, in quotes; only '-' may follow it")
     messages = [options.texts or options.file, options.tool_result]
     messages += [options.message, options.wait]
     if sum(message not in (None, []) for message in messages) > 1:
-        parser.error("give one: MESSAGE and --file, --message, --tool-result, --wait")
+        parser.error("give one: MESSAGE or --file, --message, --tool-result, --wait")
     if options.file and os.path.isfile("".join(options.texts[:1])):
-        parser.error("MESSAGE is a file: give --file before each (a shell expands *)")
+        parser.error("MESSAGE is the name of a file: write --file before each file")
     if options.task_id == "":
         parser.error("--task-id is empty: give the task_id of an earlier answer")
     names = "task_id variables metadata identity contact thread memory extra_body"
     others = [getattr(options, name) for name in f"{names} background".split()]
     if options.wait is not None and any(others):
-        parser.error("--wait sends no message: give nothing about one")
+        parser.error("--wait sends no message: give none, and no option for one")
     return options
 
 
@@ -1708,7 +1709,7 @@ def _pairs_option(option: str, values: List[str]) -> Any:
         is_json = re.match(_JSON_OR_FILE, value) or not equals
         pairs = _json_option(option, value) if is_json else {name: text}
         if not isinstance(pairs, dict) or pairs.keys() & merged.keys():
-            _fail(option, f"{value[:80]!r} is no NAME=VALUE or object, or a second one")
+            _fail(option, f"{value[:80]!r} is no NAME=VALUE or object, or given twice")
         merged.update(pairs)
     return merged if values else None
 
@@ -1754,10 +1755,10 @@ def _wait_for(get: Callable[..., Any], options: Any, settings: Dict[str, Any]) -
             if res.status is None or res.status in _ENDED_STATES:
                 return res
         except (APIError, APIConnectionError) as error:
-            if not _should_retry(error, DEFAULT_RETRY, runs_agent=False):
+            if options.no_retry or not _should_retry(error, DEFAULT_RETRY, False):
                 raise
             pause = max(pause, min(60, _asked_wait(error)))
-            _log.warning("asking again in %g s: %s", pause, error)
+            _note(f"asking again in {pause:g} s: {error}")
         time.sleep(max(0, min(pause, limit - (_now() - started))))
         left = limit - (_now() - started)
         if left <= 0:
@@ -1847,7 +1848,7 @@ def _print_answer(res: _Result, options: Any) -> int:
             _print(sys.stdout, text)
     except BrokenPipeError:
         pass  # `| head -1` has seen enough
-    except (OSError, RecursionError) as error:  # json writes less deep than it reads
+    except (OSError, RecursionError) as error:  # json writes less depth than it reads
         _note(f"cannot print the answer of task {res.task_id}: {error}")
         status = 1
     for note in _notes(res, text, options):
@@ -1891,7 +1892,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 if __name__ == "__main__":
     status = main()
-    if status == 130 and os.name == "posix":  # die of it, which ends a loop around it
+    if status == 130 and os.name == "posix":  # by its signal, a loop around it ends too
         import signal
 
         signal.signal(signal.SIGINT, signal.SIG_DFL)
