@@ -85,7 +85,6 @@ MAX_WAIT_MS = 2**31 - 1  # 25 days, the most that the system's waits take
 MAX_ANSWER_BYTES = 256 * 2**20
 CONNECT_SECONDS = 10.0  # to connect, to open a tunnel and to start TLS
 ADDRESS_SECONDS = 0.5  # for each address of a host, in a first round
-ERROR_BODY_SECONDS = 10.0  # for the body of an answer that is not a 2XX
 TURN_SECONDS = 0.25  # from one look at the clock to the next
 IDLE_SECONDS = 4.0  # many servers close an idle connection after 5
 MAX_IDLE = 16  # connections that a client keeps
@@ -133,7 +132,7 @@ class APIError(OrqError):
 class APIConnectionError(OrqError):
     """No complete answer came."""
 
-    sent: bool = False  # the whole request was sent: the agent may have run
+    sent: bool = False  # the agent may have run, as the whole request was sent
     temporary: bool = True  # another attempt may do better
 
 
@@ -146,7 +145,7 @@ class APITimeoutError(APIConnectionError):
 
 
 class _Checked:
-    """Base of what is checked when it is built. Raises ValidationError."""
+    """Base of classes that are checked when built. Raises ValidationError."""
 
     def __post_init__(self) -> None:
         problems: Problems = []
@@ -156,7 +155,7 @@ class _Checked:
 
 
 class _Readable:
-    """Base of what reads like a dict too, by JSON or Python names: `part["text"]`."""
+    """Base of classes that can be read as dicts too: `part["text"]`."""
 
     def __contains__(self, name: object) -> bool:
         return self.get(str(name)) is not None
@@ -286,8 +285,8 @@ def _mime_type(name: Any) -> Optional[str]:
 
 
 # --- Answer types -----------------------------------------------------------
-# An answer is not checked: what comes is kept. What does not come is None (`output` and
-# `parts` are an empty list). The defaults are for whoever builds an answer by hand.
+# An answer is not checked. A field that does not come is None (`output` and `parts` are
+# an empty list). The defaults are for whoever builds an answer by hand.
 
 
 @dataclass
@@ -313,7 +312,7 @@ class ErrorPart(_Readable):
     kind: str = "error"
 
 
-@dataclass(repr=False, eq=False)  # a namespace's own ones include unknown fields
+@dataclass(repr=False, eq=False)  # SimpleNamespace's own show all fields
 class UnknownPart(types.SimpleNamespace, _Readable):
     """A part of a kind that is unknown here. Its fields are its attributes."""
 
@@ -422,7 +421,7 @@ _FAILED_STATES = ("failed", "canceled", "rejected")
 
 
 def _messages_of_agent(output: Any) -> List[Output]:
-    """The messages whose role is agent. What is no message is skipped."""
+    """The messages whose role is agent. Anything else is skipped."""
     items = output if isinstance(output, list) else []
     messages = [m for m in items if isinstance(m, Output) and isinstance(m.parts, list)]
     return [message for message in messages if message.role in ("agent", None)]
@@ -542,7 +541,7 @@ def _encode_object(models: Any, value: Any, path: str, problems: Problems) -> An
 
 
 def _encode_free(value: Any, path: str, problems: Problems, parents: Any = ()) -> Any:
-    """The JSON form of a free-form value. `parents` are the ids of what it is in."""
+    """The JSON form of a free-form value. `parents` are the ids of its containers."""
     if value is None or isinstance(value, str) or _is_number(value):
         return value
     if id(value) in parents or len(parents) == 100:  # levels
@@ -556,8 +555,6 @@ def _encode_free(value: Any, path: str, problems: Problems, parents: Any = ()) -
             at = _join(path, name)
             if not isinstance(name, str) and type(name) is not int:
                 problems.append((at, f"{_describe(name)} cannot be a name in JSON"))
-            if str(name) in encoded:
-                problems.append((at, "given twice"))
             encoded[str(name)] = _encode_free(item, at, problems, parents)
         return encoded
     if _is_list(simpler):
@@ -576,7 +573,7 @@ def _simplify(value: Any) -> Any:
     if isinstance(value, (type, enum.Enum)):
         return value.value if isinstance(value, enum.Enum) else value
     if isinstance(value, (datetime.date, datetime.time)):
-        is_real = value == value  # noqa: PLR0124 (pandas.NaT is a date, but is not)
+        is_real = value == value  # noqa: PLR0124 (pandas.NaT differs from itself)
         return re.sub(r"\+00:00$", "Z", value.isoformat()) if is_real else value
     is_finite = isinstance(value, decimal.Decimal) and value.is_finite()
     if is_finite or isinstance(value, uuid.UUID):
@@ -636,7 +633,7 @@ def _decode(allowed: _Allowed, value: Any) -> Any:
 
 
 def _decode_answer(data: Dict[str, Any]) -> _Result:
-    """An answer of the published shape, or one that is a task, as A2A has it."""
+    """An answer of the published shape, or a task of A2A."""
     values = {**data, "id": data.get("_id", data.get("id"))}
     if "_id" not in data and "id" in data:
         values.setdefault("task_id", data["id"])
@@ -658,13 +655,13 @@ class BackoffStrategy(_Checked):
     initial_interval: float = 500  # the first wait
     max_interval: float = 60_000  # the longest wait, unless the server asks for more
     exponent: float = 1.5  # the growth from one wait to the next
-    max_elapsed_time: float = 3_600_000  # of all attempts and waits together
-    jitter_ms: Optional[float] = None  # added at random (None: up to a quarter off)
+    max_elapsed_time: float = 3_600_000  # no attempt begins after this time
+    jitter_ms: Optional[float] = None  # added at random (None: up to 25% less)
 
 
 @dataclass(frozen=True)
 class RetryConfig(_Checked):
-    """What to try again, and when. Where one is expected, None means one attempt.
+    """What to try again, and when. Passing None instead means one attempt.
 
     `retry_connection_errors`, the official client's name, chooses what is tried again:
         None     safe: a request that was not sent completely, and 429 (RFC 6585)
@@ -759,7 +756,7 @@ _BROKE_OFF = (http.client.IncompleteRead, http.client.BadStatusLine)
 
 
 def _now(clock: Callable[[], float] = time.perf_counter) -> float:
-    """Seconds, by a clock that a library which freezes time in tests cannot replace."""
+    """Seconds, from a clock that libraries which freeze time do not replace."""
     return clock()
 
 
@@ -778,7 +775,7 @@ class _Attempt(urllib.request.Request):
 
     How far it came decides what its failure means:
 
-        is_connected   was_sent   the error says             by default
+        is_connected   was_sent   the error says             by default, if it may help
         False          False      not sent                   is tried again
         True           False      not sent completely        is tried again
         True           True       the agent may have run     is not tried again
@@ -804,7 +801,7 @@ class _Attempt(urllib.request.Request):
         self.step_deadline = min(_now() + seconds, self.deadline)
 
     def turn(self) -> float:
-        """The most seconds to wait. Raises if none are left, or it was cancelled."""
+        """The most seconds to wait. Raises on time-out or cancellation."""
         if self.cancelled is not None and self.cancelled.is_set():
             raise _GivenUp("the task was cancelled")
         left = self.step_deadline - _now()
@@ -852,8 +849,7 @@ class _Answer(http.client.HTTPResponse):
         if not is_framed or self.will_close or self.status < 200:
             return 0  # its end was in doubt
         # the server may hang up sooner, and its closing takes a moment to arrive
-        hint = self.headers.get("keep-alive", "")
-        asked = re.search(r'(?i)timeout *= *"?(\d+)', hint)
+        asked = re.search(r"(?i)timeout\W*(\d+)", self.headers.get("keep-alive", ""))
         return min(IDLE_SECONDS, float(asked[1]) - 0.5) if asked else IDLE_SECONDS
 
 
@@ -864,7 +860,7 @@ class _Client(http.client.HTTPConnection):
 
 class _Reader(io.BufferedReader):
     def close(self) -> None:
-        """Do nothing: `end_exchange` asks whether more has come than an answer."""
+        """Do nothing: `end_exchange` looks for bytes after the answer."""
 
 
 class _Connection(io.RawIOBase):
@@ -874,7 +870,7 @@ class _Connection(io.RawIOBase):
     turns, between which the deadline, a cancelled task and Ctrl-C are noticed.
     """
 
-    attempt: Any = None  # the one in progress; without one, nothing is waited for
+    attempt: Any = None  # the one in progress; without one, reads do not wait
 
     def __init__(self, route: Tuple[Any, ...], attempt: _Attempt) -> None:
         self.route = route  # only attempts with an equal one may use it
@@ -914,7 +910,7 @@ class _Connection(io.RawIOBase):
             client.request(attempt.get_method(), target, attempt.body, headers)
             attempt.was_sent = True
         except (ConnectionError, ssl.SSLError) as error:
-            # the server may have answered (401, 413) before it had it all
+            # the server may have answered (401, 413) before reading it all
             if error.errno is None:
                 raise  # a signal's handler raised it
         except _TimeUp:  # if it has answered, it may have run the agent
@@ -925,8 +921,6 @@ class _Connection(io.RawIOBase):
         answer.will_close = answer.will_close or not attempt.was_sent
         is_2xx = 200 <= answer.status < 300  # the agent has run, whatever was sent
         attempt.was_sent = attempt.was_sent or is_2xx
-        if not is_2xx:
-            attempt.begin_step(ERROR_BODY_SECONDS)
         try:
             answer.read_content()
         except _FAILURES as error:
@@ -937,7 +931,7 @@ class _Connection(io.RawIOBase):
         return answer
 
     def _in_turns(self, for_writing: bool, operation: Any, *arguments: Any) -> Any:
-        """What an operation of the socket returns, once it need not wait."""
+        """Repeat an operation of the socket until it does not block."""
         while True:
             turn = self.attempt.turn()
             try:
@@ -970,7 +964,7 @@ class _Connection(io.RawIOBase):
         return not self.reader.peek(1)
 
     def is_quiet(self) -> bool:
-        """Whether the peer has neither closed it nor sent anything unasked."""
+        """Whether the peer has neither closed it nor sent anything."""
         try:
             self.sock.recv(1)
         except OSError as error:
@@ -1060,7 +1054,7 @@ def _make_tls_context() -> ssl.SSLContext:
 
 
 def _cause(error: Exception, is_connected: bool) -> Tuple[str, bool]:
-    """(what went wrong, in none of the server's words; whether a retry may help)"""
+    """(what went wrong, without the server's words; whether a retry may help)"""
     what = getattr(error, "strerror", None) or str(error)
     if isinstance(error, _GivenUp):
         return what, error.temporary
@@ -1074,14 +1068,14 @@ def _cause(error: Exception, is_connected: bool) -> Tuple[str, bool]:
                 what += " (this machine has no authorities at all)"
         return what, False
     if isinstance(error, ssl.SSLError):
-        # until TLS stands, only a peer that hung up may do better the next time
+        # before TLS is up, a retry may help only if the peer hung up
         words = re.sub(r"\[.*?\] |\(_ssl.*", "", what).strip().lower()
         return f"TLS: {words}", is_connected or "eof" in words
     if isinstance(error, socket.gaierror):
         return f"no address found: {what}", error.errno == socket.EAI_AGAIN
     if not isinstance(error, OSError):
         what = f"the answer broke off, or is damaged ({type(error).__name__})"
-    # http.client and zlib would refuse anything else again; an OSError without an errno
+    # what else http.client and zlib refuse would fail again; an OSError without errno
     # comes from a signal's handler
     is_numbered = getattr(error, "errno", None) is not None
     return what, is_numbered or isinstance(error, _BROKE_OFF)
@@ -1107,8 +1101,8 @@ class _Handler(urllib.request.BaseHandler):
     """Performs attempts for urllib's opener, and keeps connections."""
 
     def __init__(self, context: Optional[ssl.SSLContext]) -> None:
-        # in order of use, with the time until which each is fresh; who pops one owns
-        # it, so that neither threads nor a signal's handler need a lock
+        # in order of use, with the time until which each is fresh; popping one
+        # claims it, so that neither threads nor a signal's handler need a lock
         self._idle: Dict[_Connection, float] = {}
         self._is_closed = self._has_warned = False
         self._proxies = urllib.request.getproxies()
@@ -1226,23 +1220,24 @@ def _segment(name: str, value: Any, problems: Problems) -> str:
     return urllib.parse.quote(text, safe="", errors="replace")
 
 
-def _check_headers(http_headers: Any, problems: Problems) -> Dict[str, str]:
-    """The caller's headers, by their names in the usual spelling."""
+def _check_headers(http_headers: Any, problems: Problems) -> Tuple[Dict[str, str], str]:
+    """(the caller's headers, by names in the usual spelling; their Authorization)"""
     headers: Dict[str, str] = {}
     if not isinstance(http_headers, abc.Mapping):
         problems.append(("http_headers", "must be an object"))
-        return headers
+        http_headers = {}
     for name, value in http_headers.items():
         title = name.title() if isinstance(name, str) else ""
         at = _join("http_headers", name)
         is_taken = title in headers or title in _FIXED_HEADERS
         if is_taken or not re.fullmatch(_HEADER_NAME, title):
-            problems.append((at, "is no header's name, given twice, or set by us"))
+            problems.append((at, "is an invalid name, a duplicate, or set by us"))
         elif not isinstance(value, str) or not re.fullmatch(_SENDABLE, value.strip()):
             problems.append((at, "must be text in latin-1, on one line, not empty"))
         else:
             headers[title] = value.strip()
-    return headers
+    authorization = headers.pop("Authorization", "")
+    return headers, authorization
 
 
 def _authorization(api_key: Any, problems: Problems) -> str:
@@ -1258,7 +1253,7 @@ def _authorization(api_key: Any, problems: Problems) -> str:
     if api_key.lower() in ("", "bearer"):
         problems.append(("api_key", "required: set ORQ_API_KEY, or give a text"))
     elif api_key[0] in "\"'" or not re.fullmatch(_SENDABLE, api_key):
-        problems.append((path, "is in quotes, or has a character that no header has"))
+        problems.append((path, "starts with a quote, or has an invalid character"))
     return api_key if api_key[:7].lower() == "bearer " else f"Bearer {api_key}"
 
 
@@ -1312,14 +1307,12 @@ def _in_thread(
 
         cancelled = threading.Event()
         future: concurrent.futures.Future[T] = concurrent.futures.Future()
-        future.set_running_or_notify_cancel()  # it is ended by `cancelled` alone
+        future.set_running_or_notify_cancel()  # only `cancelled` can end it
 
         def work() -> None:
             _cancel_event.set(cancelled)
             try:
                 future.set_result(method(self, *args, **parameters))
-            except StopIteration as error:  # before Python 3.12, a task would hang
-                future.set_exception(RuntimeError(repr(error)))
             except BaseException as error:  # noqa: BLE001 (the task raises it)
                 future.set_exception(error)
 
@@ -1329,6 +1322,7 @@ def _in_thread(
             return await asyncio.wrap_future(future)
         finally:
             cancelled.set()
+            parameters.clear()  # `http_headers` may hold a key
 
     return call  # type: ignore[return-value]
 
@@ -1383,6 +1377,7 @@ class Responses:
         comes. A run that failed raises nothing: see `error` of what is returned.
         """
         problems: Problems = []
+        http_headers, authorization = _check_headers(http_headers or {}, problems)
 
         def encode(annotation: Any, value: Any, name: str) -> Any:
             if value is None and name != "message":
@@ -1411,7 +1406,7 @@ class Responses:
         path = f"/{_segment('agent_key', agent_key, problems)}/responses"
         content = b"" if problems else json.dumps(body).encode("ascii")
         settings = (retries, server_url, timeout_ms, http_headers)
-        return self._run(path, content, problems, *settings)
+        return self._run(path, content, problems, authorization, *settings)
 
     create_async = _in_thread(create)
 
@@ -1430,14 +1425,17 @@ class Responses:
         Like `create`, but it runs no agent: by default, it retries whatever may help.
         """
         problems: Problems = []
+        http_headers, authorization = _check_headers(http_headers or {}, problems)
         path = f"/{_segment('agent_key', agent_key, problems)}/responses"
         path += f"/{_segment('task_id', task_id, problems)}"
         settings = (retries, server_url, timeout_ms, http_headers)
-        return self._run(path, None, problems, *settings)
+        return self._run(path, None, problems, authorization, *settings)
 
     get_async = _in_thread(get)
 
-    def _run(self, path: str, body: Any, problems: Problems, *settings: Any) -> _Result:
+    def _run(
+        self, path: str, body: Any, problems: Any, authorization: str, *settings: Any
+    ) -> _Result:
         """Check the settings, and perform the call. Raises ValidationError first."""
         retries, server_url, timeout_ms, http_headers = settings
         server = self._server_url if server_url is None else server_url
@@ -1453,8 +1451,7 @@ class Responses:
         headers["User-Agent"] = f"orq_min/{__version__}"
         if body is not None:
             headers["Content-Type"] = "application/json"
-        headers.update(_check_headers(http_headers or {}, problems))
-        authorization = headers.pop("Authorization", "")
+        headers.update(http_headers)
         authorization = authorization or _authorization(self._api_key, problems)
         if problems:
             raise ValidationError(problems)
@@ -1463,7 +1460,7 @@ class Responses:
         )
 
     def _try(self, new_attempt: Callable[[], _Attempt], config: Any) -> _Result:
-        """The answer of the first attempt that has one, or the last one's error."""
+        """The first answer that is usable, or the error of the last attempt."""
         number, elapsed, cancelled = 0, 0.0, _cancel_event.get()
         while True:
             number, started, attempt = number + 1, _now(), new_attempt()
@@ -1485,7 +1482,7 @@ class Responses:
             _log.warning(message, number, seconds, reason)
             # on Windows, Ctrl-C ends a sleep, but not the wait for an event
             cancelled.wait(seconds) if cancelled else time.sleep(seconds)
-            elapsed += seconds  # no clock tells of a sleep that a test has replaced
+            elapsed += seconds  # counted here, as a test may replace the sleep
 
 
 class Agents:
@@ -1552,7 +1549,8 @@ def create_response(
     **parameters: Any,
 ) -> CreateAgentResponseResponseBody:
     """Make one call, with a client of its own. See `Orq` and `Responses.create`."""
-    with Orq(api_key, ssl_context=ssl_context) as orq:
+    with Orq(api_key, ssl_context=ssl_context) as orq, contextlib.ExitStack() as end:
+        end.callback(parameters.clear)  # `http_headers` may hold a key
         create = orq.agents.responses.create
         return create(agent_key=agent_key, message=message, **parameters)
 
@@ -1582,7 +1580,7 @@ def _print(stream: Any, text: str) -> None:
         while content:
             written = raw.write(content)
             if written is None:
-                raise OSError("it takes no more for now")  # and does not block
+                raise OSError("it is full")  # and does not block
             content = content[written:]
 
 
@@ -1689,7 +1687,7 @@ def _read(option: str, place: str) -> bytes:
 
 
 def _json_option(option: str, value: Optional[str], id_name: str = "") -> Any:
-    """The value of JSON or @FILE. A word is the id of an object, if that has a name."""
+    """The value of JSON or @FILE. With `id_name`, a plain word is an id."""
     if value is None:
         return None
     if id_name and value and not re.match(_JSON_OR_FILE, value):
@@ -1838,7 +1836,7 @@ def _print_answer(res: _Result, options: Any) -> int:
     """Print an answer and what is to be said of it. Return the exit status."""
     status, text = 1 if res.error else 0, res.text
     try:
-        if options.json:  # which reads 1e400 as infinity, for which JSON has no number
+        if options.json:  # 1e400 was read as infinity: print null
             raw = json.loads(json.dumps(res.raw), parse_constant=lambda _: None)
             is_utf = str(sys.stdout and sys.stdout.encoding).lower().startswith("utf")
             text = json.dumps(raw, indent=2, ensure_ascii=not is_utf)
@@ -1848,7 +1846,7 @@ def _print_answer(res: _Result, options: Any) -> int:
             _print(sys.stdout, text)
     except BrokenPipeError:
         pass  # `| head -1` has seen enough
-    except (OSError, RecursionError) as error:  # json writes less depth than it reads
+    except (OSError, RecursionError) as error:  # json reads deeper than it writes
         _note(f"cannot print the answer of task {res.task_id}: {error}")
         status = 1
     for note in _notes(res, text, options):
@@ -1892,7 +1890,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 if __name__ == "__main__":
     status = main()
-    if status == 130 and os.name == "posix":  # by its signal, a loop around it ends too
+    if (
+        status == 130 and os.name == "posix"
+    ):  # die by SIGINT, so that shell loops end too
         import signal
 
         signal.signal(signal.SIGINT, signal.SIG_DFL)
