@@ -619,11 +619,11 @@ def _decode(allowed: _Allowed, value: Any) -> Any:
     model = _choose(allowed.models, value)
     decoded = model.__new__(model)  # without __init__, which would check a request part
     attributes = vars(decoded)
-    for python_name, (name, own) in _fields_of(model).items():
+    for python_name, (name, inner) in _fields_of(model).items():
         content = value.get(name)
         if content is None and name in ("output", "parts"):
             content = []  # programs loop over them
-        attributes[python_name] = _decode(own, content)
+        attributes[python_name] = _decode(inner, content)
     for name in value:
         is_known = name in attributes or _PYTHON_NAMES.get(name) in attributes
         # what is unknown must not hide a method or a property
@@ -663,10 +663,12 @@ class BackoffStrategy(_Checked):
 class RetryConfig(_Checked):
     """What to try again, and when. Passing None instead means one attempt.
 
-    `retry_connection_errors`, the official client's name, chooses what is tried again:
-        None     safe: a request that was not sent completely, and 429 (RFC 6585)
-        False    429, 500, 502, 503 and 504: THE AGENT MAY RUN AGAIN
-        True     the same, and no complete answer: THE AGENT MAY RUN AGAIN
+    `retry_connection_errors` chooses what is retried (AGAIN: the agent may run again):
+        what came of an attempt         None      False     True
+        it was not sent completely      retried   -         retried
+        429 (RFC 6585)                  retried   retried   retried
+        500, 502, 503 or 504            -         AGAIN     AGAIN
+        sent, but no complete answer    -         -         AGAIN
     For `get`, which runs no agent, None means True. `status_codes_override`, such as
     ["429", "5XX"], takes the place of the statuses. A complete 2XX is never retried,
     nor is what a retry cannot help, such as a certificate that is not accepted.
@@ -696,7 +698,6 @@ def _should_retry(error: OrqError, config: RetryConfig, runs_agent: bool) -> boo
     if isinstance(error, APIConnectionError):
         return error.temporary and (policy or (policy is None and not error.sent))
     status = str(error.status_code)
-    # a gateway may say 503 after the service has had the request
     statuses = ["429"] if policy is None else ["429", "500", "502", "503", "504"]
     if config.status_codes_override is not None:
         statuses = [each.upper() for each in config.status_codes_override]
@@ -1075,8 +1076,7 @@ def _cause(error: Exception, is_connected: bool) -> Tuple[str, bool]:
         return f"no address found: {what}", error.errno == socket.EAI_AGAIN
     if not isinstance(error, OSError):
         what = f"the answer broke off, or is damaged ({type(error).__name__})"
-    # what else http.client and zlib refuse would fail again; an OSError without errno
-    # comes from a signal's handler
+    # zlib's and http.client's other errors would recur; no errno: a handler raised it
     is_numbered = getattr(error, "errno", None) is not None
     return what, is_numbered or isinstance(error, _BROKE_OFF)
 
