@@ -15,7 +15,7 @@ A quick script may call `create_response("my-agent", "Hello").text`, and a progr
 asyncio `create_async`. In a shell, see `python3 orq_min.py --help`.
 
 Each call is checked before anything is sent. A 2XX that holds a JSON object is never
-refused. An agent run costs money: by default, a call is tried again only if its request
+refused. An agent run costs money: by default, `create` tries again only if its request
 was not sent completely, or after a 429. No redirect is followed.
 
     OrqError                 base of every error of this module
@@ -25,8 +25,8 @@ was not sent completely, or after a 429. No redirect is followed.
         APITimeoutError      ... in time
 
 Environment: ORQ_API_KEY, ORQ_BASE_URL, SSL_CERT_FILE, SSL_CERT_DIR, and the proxies as
-urllib reads them. The logger has this module's name. It logs each retry at WARNING and
-each attempt at DEBUG, but never a header or a body.
+urllib reads them. The logger has this module's name. It logs each retry, and a key that
+goes in clear, at WARNING and each attempt at DEBUG, but never a header or a body.
 """
 
 import base64
@@ -192,7 +192,7 @@ class FileInURIFormat(_Checked, _Readable):
 
 @dataclass
 class FilePart(_Checked, _Readable):
-    """A file. Without a `mime_type`, its constructors go by the ending of its name."""
+    """A file. Without `mime_type`, `from_...` go by the ending of its name."""
 
     file: Union[BinaryFormat, FileInURIFormat, Mapping[str, Any]]
     metadata: Optional[Mapping[str, Any]] = None
@@ -312,7 +312,7 @@ class ErrorPart(_Readable):
     kind: str = "error"
 
 
-@dataclass(repr=False, eq=False)  # SimpleNamespace's own show all fields
+@dataclass(repr=False, eq=False)  # SimpleNamespace's show all fields
 class UnknownPart(types.SimpleNamespace, _Readable):
     """A part of a kind that is unknown here. Its fields are its attributes."""
 
@@ -402,7 +402,7 @@ class CreateAgentResponseResponseBody(_Readable):
 
     @property
     def error(self) -> Optional[str]:
-        """Why the run failed, at least its state. None if it did not fail."""
+        """Why the run failed, or else its state. None if it did not fail."""
         if self.status == "completed":  # whatever went wrong on the way
             return None
         reasons = [self.raw.get("error")]
@@ -743,7 +743,7 @@ _cancel_event: Any = contextvars.ContextVar("_cancel_event", default=None)
 
 
 class _GivenUp(Exception):
-    """Why we ended an attempt ourselves, where the system reported no error."""
+    """We ended the attempt ourselves; the system reported no error."""
 
     temporary = False
 
@@ -798,11 +798,11 @@ class _Attempt(urllib.request.Request):
         self.answer: Optional[_Answer] = None
 
     def begin_step(self, seconds: float) -> None:
-        """Bound what is done next, within what is left of the attempt."""
+        """Set `step_deadline`, never later than `deadline`."""
         self.step_deadline = min(_now() + seconds, self.deadline)
 
     def turn(self) -> float:
-        """The most seconds to wait. Raises on time-out or cancellation."""
+        """Seconds until the next check. Raises if late or cancelled."""
         if self.cancelled is not None and self.cancelled.is_set():
             raise _GivenUp("the task was cancelled")
         left = self.step_deadline - _now()
@@ -829,7 +829,7 @@ class _Answer(http.client.HTTPResponse):
     content: Union[bytes, bytearray] = b""
 
     def read_content(self) -> None:
-        """Read the body. Raises if it breaks off; leaves the rest of a large one."""
+        """Read the body. Raises if it breaks off; stops at the size limit."""
         self.content = content = bytearray()
         block = self.read1(BLOCK_BYTES)
         while block and len(content) < MAX_ANSWER_BYTES:
@@ -1172,7 +1172,7 @@ class _Handler(urllib.request.BaseHandler):
         return None
 
     def _take(self, route: Tuple[Any, ...]) -> Optional[_Connection]:
-        """The idle connection of this route that was used last. Old ones are closed."""
+        """The newest idle connection of this route. Closes old ones that it meets."""
         for connection, fresh_until in reversed([*self._idle.copy().items()]):
             is_fresh = _now() < fresh_until and not self._is_closed
             if is_fresh and connection.route != route:
@@ -1277,7 +1277,7 @@ def _read_answer(attempt: _Attempt) -> Any:
     phrase = http.client.responses.get(answer.status, "")
     text = f"{attempt.get_method()} {attempt.full_url}: {answer.status} {phrase}"
     if is_2xx:
-        text += f": not a JSON object of at most {MAX_ANSWER_BYTES} bytes"
+        text += f": no readable JSON object of at most {MAX_ANSWER_BYTES} bytes"
     if "location" in answer.headers:
         target = re.sub("//[^/]*@", "//", answer.headers["location"])
         text += f": redirect to {target} not followed; set server_url if it is right"
@@ -1313,6 +1313,8 @@ def _in_thread(
             _cancel_event.set(cancelled)
             try:
                 future.set_result(method(self, *args, **parameters))
+            except StopIteration as error:  # before Python 3.12, a task would hang
+                future.set_exception(RuntimeError(repr(error)))
             except BaseException as error:  # noqa: BLE001 (the task raises it)
                 future.set_exception(error)
 
@@ -1890,9 +1892,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 if __name__ == "__main__":
     status = main()
-    if (
-        status == 130 and os.name == "posix"
-    ):  # die by SIGINT, so that shell loops end too
+    if status == 130 and os.name == "posix":  # die by SIGINT: shell loops end too
         import signal
 
         signal.signal(signal.SIGINT, signal.SIG_DFL)

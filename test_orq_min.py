@@ -1047,6 +1047,12 @@ class PortedPrograms(LoopbackTest):
             ):
                 self.assertRaises(kind, call, retries=None, **dict(given, **more))
 
+    def test_no_exception_of_a_function_for_the_key_keeps_a_task_waiting(self):
+        orq = client(self.service, api_key=iter(()).__next__)
+        call = orq.agents.responses.create_async(agent_key="a", message="hi")
+        with self.assertRaises(RuntimeError):  # Python makes it of a StopIteration
+            asyncio.run(asyncio.wait_for(call, 2))
+
 
 # ----------------------------------------------------------------------------
 # What goes out
@@ -1530,7 +1536,7 @@ class Errors(LoopbackTest):
                 self.assertEqual((error.status_code, error.data), (status, data))
                 self.assertEqual(error.body, body.decode("utf-8", "replace"))
                 self.assertEqual(error.message, http.client.responses.get(status, ""))
-                self.assertEqual("not a JSON object" in str(error), status < 300)
+                self.assertEqual("no readable JSON" in str(error), status < 300)
                 self.assertIn(error.body[:3], str(error))
                 self.assertTrue(str(error).isprintable(), str(error))  # on one line
 
@@ -2798,7 +2804,7 @@ class AnswersAreBounded(ServerTest):
             with mock.patch("orq_min.MAX_ANSWER_BYTES", len(large) // 2):
                 error = self.failure(orq, orq_min.APIError)
             self.assertEqual(error.status_code, status)
-            self.assertEqual("not a JSON" in str(error), status == 200)
+            self.assertEqual("no readable JSON" in str(error), status == 200)
             with mock.patch("orq_min.MAX_ANSWER_BYTES", len(large)):
                 self.assertEqual(self.outcome(orq) == "x" * 400000, status == 200)
 
@@ -2821,7 +2827,7 @@ class AnswersAreBounded(ServerTest):
         orq = self.client(server)
         self.assertEqual(self.call(orq), "packed")
         self.assertTrue(self.failure(orq, orq_min.APIConnectionError).sent)
-        self.assertIn("not a JSON", str(self.failure(orq, orq_min.APIError)))
+        self.assertIn("no readable JSON", str(self.failure(orq, orq_min.APIError)))
         self.assertNotIn("gzip", str(server.requests[0].headers))
 
     def test_an_error_whose_body_breaks_off_keeps_its_status_and_what_was_read(self):
