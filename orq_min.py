@@ -745,11 +745,9 @@ _cancel_event: Any = contextvars.ContextVar("_cancel_event", default=None)
 class _GivenUp(Exception):
     """We ended the attempt ourselves; the system reported no error."""
 
-    temporary = False
-
 
 class _TimeUp(_GivenUp):
-    temporary = True
+    """... as it took too long: another attempt may do better."""
 
 
 _FAILURES = (_GivenUp, OSError, http.client.HTTPException, zlib.error)
@@ -918,6 +916,9 @@ class _Connection(io.RawIOBase):
             attempt.was_sent = not self.is_quiet()
             raise
         answer: _Answer = client.getresponse()
+        while 101 < answer.status < 200:  # such as 103: the answer comes after it
+            answer.headers = cast(Any, None)  # http.client itself skips 100 alone
+            answer.begin()
         answer.url = attempt.full_url  # a wrapper of the opener may ask for it
         answer.will_close = answer.will_close or not attempt.was_sent
         is_2xx = 200 <= answer.status < 300  # the agent has run, whatever was sent
@@ -1058,7 +1059,7 @@ def _cause(error: Exception, is_connected: bool) -> Tuple[str, bool]:
     """(what went wrong, without the server's words; whether a retry may help)"""
     what = getattr(error, "strerror", None) or str(error)
     if isinstance(error, _GivenUp):
-        return what, error.temporary
+        return what, isinstance(error, _TimeUp)
     if isinstance(error, ssl.SSLCertVerificationError):
         what = f"the server's certificate was not accepted: {error.verify_message}"
         # OpenSSL's X509_V_ERR_...: the issuer is unknown, or it is the server itself
@@ -1819,19 +1820,18 @@ def _notes(res: _Result, text: str, options: Any) -> Iterator[str]:
         yield f"the run failed: {res.error}"
     if res.finish_reason in _CUT_REASONS:
         yield f"the answer was cut (finish_reason: {res.finish_reason})"
-    task_id = shlex.quote(str(res.task_id or ""))
+    task = shlex.quote(str(res.task_id or ""))
     calls = res.pending_tool_calls if isinstance(res.pending_tool_calls, list) else []
     for call in calls:
         function = getattr(call, "function", None)
         name, arguments = (getattr(function, n, None) for n in ("name", "arguments"))
         result = shlex.quote(f"{getattr(call, 'id', None)}=JSON")
-        answer = f"--task-id={task_id} --tool-result={result}"
+        answer = f"--task-id={task} --tool-result={result}"
         yield f"{name}({arguments}) waits for its result: {answer}"
     if not (res.error or calls or text):
         yield "the answer has nothing to print (--json shows all of it)"
     elif res.task_id and sys.stderr is not None and sys.stderr.isatty():
-        option = "--wait" if options.background else "--task-id"
-        yield f"continue with {option}={task_id}"
+        yield f"continue with {'--wait' if options.background else '--task-id'}={task}"
 
 
 def _print_answer(res: _Result, options: Any) -> int:

@@ -2488,12 +2488,13 @@ class ConnectionsAreKept(ServerTest):
 class RequestsAndAnswersTravelWhole(ServerTest):
     """What HTTP allows a server to do, and what it may expect of a client."""
 
-    def test_100_is_read_past_and_another_interim_answer_is_an_error(self):
-        final = head("100 Continue") * 2 + reply("final")
-        server = self.server(final, head("103 Early Hints"), repeat_text)
+    def test_interim_answers_are_read_past_but_another_protocol_is_an_error(self):
+        final = head("100 Continue") * 2 + head("103 Early Hints", "Link: </a>", "X: y")
+        final += head("102 Processing") + head("100 Continue") + reply("final")
+        server = self.server(final, head("101 Switching Protocols"), repeat_text)
         orq = self.client(server)
         self.assertEqual(self.call(orq), "final")
-        self.assertEqual(self.failure(orq, orq_min.APIError).status_code, 103)
+        self.assertEqual(self.failure(orq, orq_min.APIError).status_code, 101)
         self.assertEqual(self.call(orq), "hi")
         self.assertEqual(server.on, [0, 0, 1])
 
@@ -2630,6 +2631,7 @@ class TheDeadlineBoundsAnAttempt(ServerTest):
         steps = [
             lambda peer: peer.drip(b"HTTP/1.1 200 " + b"O" * 2000),
             lambda peer: peer.drip(head("100 Continue") * 100),
+            lambda peer: peer.drip(head("103 Early Hints") * 100),
             lambda peer: (peer.send(sized), peer.drip(b" " * 2000)),
             lambda peer: (peer.send(in_chunks), peer.drip(b"1\r\nx\r\n" * 500)),
         ]
