@@ -1752,7 +1752,7 @@ def _wait_for(get: Callable[..., Any], options: Any, settings: Dict[str, Any]) -
         settings["timeout_ms"] = 1000 * min(left, 30.0)
         pause = 1.0 if _now() - started < 30 else 5.0
         try:
-            res = get(**settings, task_id=options.wait)
+            res = get(**settings, task_id=options.wait, retries=None)
             if res.status is None or res.status in _ENDED_STATES:
                 return res
         except (APIError, APIConnectionError) as error:
@@ -1769,13 +1769,13 @@ def _wait_for(get: Callable[..., Any], options: Any, settings: Dict[str, Any]) -
 def _make_call(responses: Responses, options: Any) -> Any:
     """Make the call that the options stand for."""
     settings = {"agent_key": options.agent_key, "server_url": options.server_url}
-    settings["retries"] = None if options.no_retry or options.wait else UNSET
     if options.timeout is not None:
         settings["timeout_ms"] = options.timeout * 1000
-    if options.retry and options.wait is None:
-        settings["retries"] = RetryConfig("backoff", DEFAULT_RETRY.backoff, True)
     if options.wait is not None:
         return _wait_for(responses.get, options, settings)
+    settings["retries"] = None if options.no_retry else UNSET
+    if options.retry:
+        settings["retries"] = RetryConfig("backoff", DEFAULT_RETRY.backoff, True)
     return responses.create(
         **settings,
         message=_read_message(options),
